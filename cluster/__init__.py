@@ -1,0 +1,6 @@
+"""ExpertMesh: mixture-of-experts models served with their experts spread over a Ray cluster.
+
+The distribution and the command are called ``expertmesh``; the import package is ``cluster``.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,224 @@
+"""One frozen chain of dataclasses, and its one reader: defaults < YAML file < EXPERTMESH_* environment < flags.
+
+Unknown keys are errors that name the key and the nearest known one. This is the only file that reads environment
+variables. Defaults of command-line flags come from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.errors import ConfigError
+
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "embedded"
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+TRANSPORTS = ("auto", "grpc", "inproc")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of the step loop."""
+
+    max_running: int = 64
+    """Sequences that share a step at most."""
+    max_waiting: int = 256
+    """Requests that wait for a place at most; one more is refused with RESOURCE_EXHAUSTED."""
+    step_token_budget: int = 512
+    """Tokens of one step at most; decode tokens first, the rest goes to prefill chunks."""
+    kv_cache_bytes: int = 2 * 1024**3
+    """Bytes of key-value cache at most; admission waits for room."""
+    default_max_new_tokens: int = 128
+    """What a request without max_new_tokens gets."""
+    max_deadline_s: float = 600.0
+    """No request lives longer, whatever its deadline says."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlaneConfig:
+    """Links from routers to groups."""
+
+    transport: str = "auto"
+    """auto, grpc, or inproc (groups in the router's own process)."""
+    bind: str = "127.0.0.1"
+    """Interface that a group's data-plane server listens on."""
+    call_timeout_s: float = 60.0
+    """A layer call without an answer for that long counts as lost."""
+    group_wait_s: float = 30.0
+    """How long a step waits for a group that is gone to come back before its requests fail."""
+    secret: str = ""
+    """Shared by all processes of one cluster; made afresh by `serve` when empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be set."""
+
+    model: str = str(EMBEDDED_MODEL)
+    """Checkpoint directory in the Hugging Face layout."""
+    groups: int = 2
+    """Expert groups; 0 keeps all experts in the router's process."""
+    dtype: str = "auto"
+    """auto is the checkpoint's dtype on GPUs and fp32 on CPUs."""
+    device: str = "auto"
+    """auto takes GPUs when the cluster has them."""
+    listen: str = "127.0.0.1:9000"
+    """Client port of the router."""
+    front_door: str = "router"
+    """router: its own gRPC server; serve: Ray Serve's gRPC ingress."""
+    address: str = ""
+    """Ray cluster to join; empty starts a local one."""
+    threads: int = 0
+    """Compute threads of each process; 0 divides the cores of the machine."""
+    drain_s: float = 30.0
+    """How long SIGTERM lets running requests finish."""
+    verify: bool = False
+    """Lets clients ask for full logits."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("front_door", self.front_door, ("router", "serve"))
+        _one_of("data_plane.transport", self.data_plane.transport, TRANSPORTS)
+        _at_least("groups", self.groups, 0)
+        _at_least("threads", self.threads, 0)
+        _at_least("drain_s", self.drain_s, 0)
+        for name in ("max_running", "max_waiting", "step_token_budget", "kv_cache_bytes", "default_max_new_tokens"):
+            _at_least(f"engine.{name}", getattr(self.engine, name), 1)
+        _at_least("engine.max_deadline_s", self.engine.max_deadline_s, 0.001)
+        _at_least("data_plane.call_timeout_s", self.data_plane.call_timeout_s, 0.001)
+        _at_least("data_plane.group_wait_s", self.data_plane.group_wait_s, 0)
+        split_address("listen", self.listen)
+
+
+def split_address(name: str, value: str) -> tuple[str, int]:
+    """``host:port`` as a pair. Port 0 asks for any free port."""
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{name}: got {value!r}; must be HOST:PORT with a port from 0 to 65535")
+    return host, int(port)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}; must be one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: float, limit: float) -> None:
+    if not math.isfinite(value) or value < limit:
+        raise ConfigError(f"{name}: got {value!r}; must be at least {limit}")
+
+
+def _parse(name: str, value: object, kind: type, where: str) -> object:
+    """``value`` as ``kind``; strings (environment, flags) are converted, anything else must already fit."""
+    problem = ConfigError(f"{where}: {name}: got {value!r}; must be of type {kind.__name__}")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("1", "true", "yes", "0", "false", "no"):
+            return value.lower() in ("1", "true", "yes")
+        raise problem
+    if isinstance(value, bool) or isinstance(value, (dict, list)) or value is None:
+        raise problem
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise problem
+    if kind is str and not isinstance(value, str):
+        raise problem
+    try:
+        return kind(value)
+    except ValueError as exc:
+        raise problem from exc
+
+
+def _merge(base: Any, values: Mapping[str, object], where: str, prefix: str = "") -> Any:
+    hints = typing.get_type_hints(type(base))
+    names = [item.name for item in dataclasses.fields(base)]
+    changes: dict[str, object] = {}
+    for key, value in values.items():
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known keys: {', '.join(names)}"
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{hint}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {prefix}{key}: got {value!r}; must be a section with keys")
+            changes[key] = _merge(getattr(base, key), value, where, f"{prefix}{key}.")
+        else:
+            assert not isinstance(kind, types.UnionType)
+            changes[key] = _parse(prefix + key, value, kind, where)
+    return dataclasses.replace(base, **changes) if changes else base
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, object]:
+    """EXPERTMESH_GROUPS=3 and EXPERTMESH_ENGINE__MAX_RUNNING=8 as nested keys."""
+    found: dict[str, object] = {}
+    for name, value in environ.items():
+        if not name.startswith("EXPERTMESH_"):
+            continue
+        section, _, key = name.removeprefix("EXPERTMESH_").lower().partition("__")
+        if key:
+            nested = found.setdefault(section, {})
+            if not isinstance(nested, dict):
+                raise ConfigError(f"environment: {name} clashes with another variable of section {section}")
+            nested[key] = value
+        else:
+            found[section] = value
+    return found
+
+
+def load_config(
+    file: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """The configuration from all sources. ``flags`` may be nested; values of None are left out.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value outside its limits, or a file that is not YAML.
+    """
+    sources: list[tuple[str, Mapping[str, object]]] = []
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+            raise ConfigError(f"--config: cannot read {str(file)!r}: {' '.join(str(exc).split())}") from exc
+        if loaded is None:
+            loaded = {}
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"--config: {str(file)!r} must hold keys and values, got {type(loaded).__name__}")
+        sources.append((str(file), loaded))
+    sources.append(("environment", _environment(os.environ if environ is None else environ)))
+    sources.append(("command line", _without_none(flags or {})))
+    config = Config()
+    merged: dict[str, object] = {}
+    for where, values in sources:
+        _merge(config, values, where)  # reported under the name of the source that is wrong
+        merged = _deep_merge(merged, values)
+    result: Config = _merge(config, merged, "configuration")
+    return result
+
+
+def _without_none(values: Mapping[str, object]) -> dict[str, object]:
+    cleaned = {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in values.items() if v is not None}
+    return {k: v for k, v in cleaned.items() if v != {}}
+
+
+def _deep_merge(base: Mapping[str, object], top: Mapping[str, object]) -> dict[str, object]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

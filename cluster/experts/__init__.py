@@ -1,0 +1,1 @@
+"""Expert groups: their weights, their compute thread, their data-plane server, their Serve shell."""

@@ -1,0 +1,122 @@
+"""One expert group: a bounded queue of layer calls and the one thread that computes them.
+
+Decode calls are taken before prefill calls. Whoever carries the calls (gRPC server, in-process link) only queues
+them and is told when they are done.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from cluster.core import Clock, LayerCall
+from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded
+from cluster.transport.base import LayerReply, LayerRows, PendingReply
+
+log = logging.getLogger(__name__)
+
+Compute = Callable[[int, LayerRows], torch.Tensor]
+MAX_QUEUED_BYTES = 1024 * 1024 * 1024
+
+
+class ExpertHost:
+    """Queue and compute thread of one group. ``compute(layer, rows)`` is `ExpertBank.compute`.
+
+    Every call that is submitted is answered: with a reply, or with a typed error.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        name: str = "experts",
+        threads: int = 0,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._compute, self._clock, self._max_bytes = compute, clock, max_queued_bytes
+        self._heap: list[tuple[int, int, float, LayerCall, LayerRows, PendingReply]] = []
+        self._tickets = itertools.count()
+        self._queued_bytes = 0
+        self._ready = threading.Condition()
+        self._closed = False
+        self.calls = 0
+        self._progress_s = clock()
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
+        """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait."""
+        size = rows.hidden_TH.numel() * rows.hidden_TH.element_size()
+        with self._ready:
+            if self._closed:
+                error: ExpertMeshError | None = InternalError("the group is shutting down")
+            elif self._queued_bytes + size > self._max_bytes and self._heap:
+                error = Overloaded(f"{self._queued_bytes} bytes are queued; the limit is {self._max_bytes}")
+            else:
+                error = None
+                self._queued_bytes += size
+                entry = (int(call.priority), next(self._tickets), self._clock(), call, rows, pending)
+                heapq.heappush(self._heap, entry)
+                self._ready.notify()
+        if error is not None:
+            pending.fail(error)
+
+    def cancel(self, pending: PendingReply) -> None:
+        """The call is skipped if it is still queued."""
+        pending.fail(DeadlineExceeded("the call was cancelled"))
+
+    def progress_age_s(self) -> float:
+        """Seconds since the thread last finished a call or had nothing to do."""
+        with self._ready:
+            return 0.0 if not self._heap else self._clock() - self._progress_s
+
+    def close(self) -> None:
+        """Ends the thread; queued calls fail."""
+        with self._ready:
+            self._closed = True
+            queued, self._heap = self._heap, []
+            self._ready.notify()
+        for entry in queued:
+            entry[-1].fail(InternalError("the group is shutting down"))
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        while True:
+            with self._ready:
+                while not self._heap and not self._closed:
+                    self._ready.wait(1.0)
+                    self._progress_s = self._clock()
+                if self._closed:
+                    return
+                _, _, queued_s, call, rows, pending = heapq.heappop(self._heap)
+                self._queued_bytes -= rows.hidden_TH.numel() * rows.hidden_TH.element_size()
+            self._answer(queued_s, call, rows, pending)
+            self._progress_s = self._clock()
+
+    def _answer(self, queued_s: float, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
+        started_s = self._clock()
+        waited_s = started_s - queued_s
+        if pending.done():
+            return  # cancelled while it waited
+        if call.timeout_ms and waited_s * 1e3 > call.timeout_ms:
+            pending.fail(DeadlineExceeded(f"the call waited {waited_s:.3f} s, longer than its {call.timeout_ms} ms"))
+            return
+        try:
+            partial_TH = self._compute(call.layer, rows)
+        except ExpertMeshError as exc:
+            pending.fail(exc)
+        except Exception as exc:  # noqa: BLE001 (whatever torch raises must become an answer)
+            log.exception("layer %d failed", call.layer)
+            pending.fail(InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}"))
+        else:
+            self.calls += 1
+            pending.resolve(LayerReply(partial_TH, waited_s, self._clock() - started_s))

@@ -1,0 +1,126 @@
+"""The trunk of one model, ready to step: everything but routed experts, which are asked for through a dispatcher."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cluster.core import Clock
+from cluster.errors import InternalError
+from cluster.model.hook import NAME, attach, check_attention, register
+from cluster.model.packed import Chunk, PackedBatch, PackedCache, stepping
+from cluster.routing.dispatcher import StepContext
+from cluster.telemetry.ledger import Stage
+from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.mapping import WeightMap
+from cluster.weights.skeleton import Skeleton, build_skeleton
+
+Dispatch = Callable[[StepContext, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(step, MoE layer, hidden [T, H], expert index [T, K], gate weight [T, K]) -> fp32 [T, H]."""
+
+
+class Trunk:
+    """transformers' own model with the trunk's weights and a dispatcher in place of the experts.
+
+    Used by one thread at a time.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tensors: dict[str, torch.Tensor],
+        dispatch: Dispatch,
+        device: torch.device,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.model, self.device, self._dispatch, self._clock = skeleton.model, device, dispatch, clock
+        self.num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        _assign(self.model, tensors, device)
+        for moe_layer in skeleton.moe_layers:
+            attach(moe_layer.module, self._hook(moe_layer.layer))
+        takes = inspect.signature(self.model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in takes
+        self._step: StepContext | None = None
+        self._mark_s = 0.0
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, dispatch: Dispatch
+    ) -> tuple[Trunk, Skeleton]:
+        """Builds the model on the meta device and reads the trunk's tensors, and no expert's.
+
+        Raises:
+            CheckpointError: tensors are missing or have other shapes than the config says.
+            UnsupportedModel: the model cannot be served exactly.
+        """
+        register()
+        skeleton = build_skeleton(checkpoint, dtype, attention=NAME, experts=NAME)
+        check_attention(skeleton.model)
+        tensors = WeightMap(checkpoint, skeleton).read_trunk(dtype)
+        return cls(skeleton, tensors, dispatch, device), skeleton
+
+    def _hook(self, layer: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        def call(hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+            step = self._step
+            if step is None:
+                raise InternalError("experts were called outside a step")
+            step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
+            output_TH = self._dispatch(step, layer, hidden_TH, index_TK, weight_TK)
+            self._mark_s = self._clock()
+            return output_TH.to(hidden_TH.dtype)
+
+        return call
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk], step: StepContext) -> torch.Tensor:
+        """One step: logits fp32 [number of chunks, V] of each chunk's last token, on the CPU.
+
+        The chunks' tokens become part of their sequences' history, unless an error is raised; then the sequences
+        must be dropped.
+
+        Raises:
+            ExpertMeshError: whatever the dispatcher raised.
+        """
+        batch = PackedBatch(chunks, self.device)
+        extra = {"logits_to_keep": batch.last_T} if self._takes_logits_to_keep else {}
+        self._step, self._mark_s = step, self._clock()
+        try:
+            with stepping(batch):
+                output = self.model(
+                    input_ids=batch.ids,
+                    position_ids=batch.positions_T[None],
+                    past_key_values=PackedCache(batch),
+                    use_cache=True,
+                    **extra,
+                )
+            logits = output.logits[0] if extra else output.logits[0, batch.last_T]
+            result: torch.Tensor = logits.float().cpu()
+            step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
+        finally:
+            self._step = None
+        batch.commit()
+        return result
+
+
+def _assign(model: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Puts the tensors in place of meta parameters, moves buffers, and ties weights again."""
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        value = tensor.to(device)
+        if key in module._parameters:
+            module._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[key] = value
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[key] = buffer.to(device)
+    model.tie_weights()
+    model.config.use_cache = True
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False

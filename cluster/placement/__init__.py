@@ -1,0 +1,1 @@
+"""Which group holds which expert: pure functions, no Ray, no torch."""

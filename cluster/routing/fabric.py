@@ -1,0 +1,140 @@
+"""The router's view of the groups: the newest placement table and one link to each group that it names.
+
+Where tables come from and how links are made is given to the constructor; nothing here knows Ray or gRPC.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from cluster.core import Clock, Deadline, GroupId, GroupInfo, Membership, PlacementTable
+from cluster.errors import ExpertMeshError, LinkBroken
+from cluster.transport.base import Transport
+
+log = logging.getLogger(__name__)
+
+FetchMembership = Callable[[], Membership]
+Connect = Callable[[GroupInfo, Deadline], Transport]
+CONNECT_TIMEOUT_S = 5.0
+REFRESH_PERIOD_S = 1.0
+
+
+class Fabric:
+    """Table and links. Thread-safe: the engine thread dispatches while the refresh thread follows the coordinator.
+
+    ``fetch()`` returns the coordinator's membership or raises; ``connect(info, deadline)`` makes a link.
+    """
+
+    def __init__(self, fetch: FetchMembership, connect: Connect, clock: Clock = time.monotonic) -> None:
+        self._fetch, self._connect, self._clock = fetch, connect, clock
+        self._lock = threading.RLock()
+        self._membership = Membership(PlacementTable(0, 0, ()))
+        self._links: dict[GroupId, Transport] = {}
+        self._incarnations: dict[GroupId, str] = {}
+        self._owner_LE: list[torch.Tensor] = []
+        self._progress_s = clock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # -- following the coordinator ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Fetches the first table, makes all links, then follows the coordinator in the background.
+
+        Raises:
+            ExpertMeshError: a group cannot be reached or refuses the link.
+        """
+        self.refresh()
+        for group in self._membership.groups:
+            self.link(group)
+        self._thread = threading.Thread(target=self._follow, name="fabric", daemon=True)
+        self._thread.start()
+
+    def refresh(self) -> None:
+        """Takes the coordinator's membership unless its table is older than the one in use."""
+        membership = self._fetch()
+        with self._lock:
+            self._progress_s = self._clock()
+            if membership.table.order < self._membership.table.order:
+                log.warning("placement table %s is older than %s: ignored", membership.table.order, self._membership.table.order)
+                return
+            if membership.table != self._membership.table:
+                # A plain loop over the table once per version; the dispatcher then only indexes tensors.
+                self._owner_LE = [
+                    torch.tensor([groups[0] if groups else -1 for groups in experts], dtype=torch.int64)
+                    for experts in membership.table.owners
+                ]
+            self._membership = membership
+            for group in [g for g in self._links if self._stale(g)]:
+                self._drop(group)
+
+    def _stale(self, group: GroupId) -> bool:
+        info = self._membership.groups.get(group)
+        return info is None or info.incarnation != self._incarnations[group] or not self._links[group].healthy()
+
+    def _drop(self, group: GroupId) -> None:
+        self._links.pop(group).close()
+        self._incarnations.pop(group, None)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(REFRESH_PERIOD_S):
+            try:
+                self.refresh()
+                for group in list(self.membership.groups):
+                    self.link(group)
+            except ExpertMeshError as exc:
+                log.warning("placement refresh: %s", exc)
+
+    # -- what the dispatcher asks ----------------------------------------------------------------------------------
+
+    @property
+    def membership(self) -> Membership:
+        """The membership in use."""
+        with self._lock:
+            return self._membership
+
+    def owners(self, layer: int) -> tuple[PlacementTable, torch.Tensor]:
+        """The table in use, and the group of each logical expert of the layer, int64 [E] (-1: no living copy)."""
+        with self._lock:
+            return self._membership.table, self._owner_LE[layer]
+
+    def link(self, group: GroupId) -> Transport:
+        """The link to a group; made when there is none.
+
+        Raises:
+            LinkBroken: the group is not in the table or cannot be reached.
+            LinkRefused: the group refuses this router.
+        """
+        with self._lock:
+            if group in self._links and self._stale(group):
+                self._drop(group)
+            if group not in self._links:
+                info = self._membership.groups.get(group)
+                if info is None:
+                    raise LinkBroken(f"group {group} is not among the living groups")
+                self._links[group] = self._connect(info, Deadline.after(CONNECT_TIMEOUT_S, self._clock))
+                self._incarnations[group] = info.incarnation
+            return self._links[group]
+
+    def link_states(self) -> dict[GroupId, tuple[str, bool]]:
+        """(transport, healthy) of every link."""
+        with self._lock:
+            return {group: (link.kind, link.healthy()) for group, link in self._links.items()}
+
+    def progress_age_s(self) -> float:
+        """Seconds since the coordinator last answered."""
+        return self._clock() - self._progress_s
+
+    def close(self) -> None:
+        """Ends the thread and all links."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+        with self._lock:
+            for group in list(self._links):
+                self._drop(group)

@@ -1,0 +1,1 @@
+"""Checkpoints: reading slices, dequantisation, which parameter a tensor belongs to, and the zoo of small models."""

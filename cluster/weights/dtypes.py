@@ -1,0 +1,15 @@
+"""Names of dtypes as users and the wire know them, and torch's."""
+
+from __future__ import annotations
+
+import torch
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def resolve_dtype(wanted: str, checkpoint: torch.dtype, on_gpu: bool) -> torch.dtype:
+    """``auto`` is the checkpoint's dtype on GPUs and fp32 on CPUs (most CPUs compute bf16 more slowly than fp32)."""
+    if wanted != "auto":
+        return TORCH_DTYPES[wanted]
+    return checkpoint if on_gpu and checkpoint in DTYPE_NAMES else torch.float32
