@@ -44,6 +44,11 @@ class SequenceKv:
         return key_buffer[:, :, :end], value_buffer[:, :, :end]
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return max((t.shape[2] for t in self._keys if t is not None), default=0)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
         return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values) if t is not None)

@@ -13,3 +13,10 @@ def resolve_dtype(wanted: str, checkpoint: torch.dtype, on_gpu: bool) -> torch.d
     if wanted != "auto":
         return TORCH_DTYPES[wanted]
     return checkpoint if on_gpu and checkpoint in DTYPE_NAMES else torch.float32
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` is the GPU that this process was given, if it was given one and torch can use it, else the CPU."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", 0)
+    return torch.device("cpu")

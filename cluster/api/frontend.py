@@ -1,0 +1,178 @@
+"""What stands behind the gRPC services, whoever hosts them: admission, the engine's events as a stream, status.
+
+Plain asyncio; the engine's thread is told apart by ``call_soon_threadsafe``. Errors are raised as `ExpertMeshError`
+and turned into gRPC statuses by the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from cluster.api.convert import ModelLimits, check_ids, to_chunk, to_reply, to_request
+from cluster.core import Clock
+from cluster.engine.engine import Engine, TokenEvent
+from cluster.engine.text import Tokenizer
+from cluster.errors import CheckpointError, DeadlineExceeded, InvalidArgument, Unavailable
+from cluster.rpc.v1 import control_pb2, inference_pb2
+from cluster.telemetry.ledger import Stage
+
+STARTING, SERVING, DRAINING = "starting", "serving", "draining"
+_GRACE_S = 1.0
+"""The engine ends a request at its deadline; only when its thread is stuck does the servicer do it, this much later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a ready router serves."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    limits: ModelLimits
+    info: inference_pb2.ModelInfoReply
+    status: Callable[[], control_pb2.StatusReply]
+
+
+class Frontend:
+    """Answers requests once `ready` was called; before that, and while draining, with UNAVAILABLE."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self.state = STARTING
+        self._served: Served | None = None
+        self._clock = clock
+        self._ready_s = clock()
+
+    def ready(self, served: Served) -> None:
+        """Requests are taken from now on."""
+        self._served, self.state, self._ready_s = served, SERVING, self._clock()
+
+    def drain(self) -> None:
+        """No new requests; running ones go on."""
+        self.state = DRAINING
+
+    def _serving(self) -> Served:
+        if self._served is None or self.state != SERVING:
+            raise Unavailable(f"the router is {self.state}; retry later or elsewhere")
+        return self._served
+
+    # -- inference -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, message: inference_pb2.GenerateRequest, metadata: Mapping[str, str], time_left_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """Chunks of one generation. Closing the iterator (the client left) frees the request within a step.
+
+        Raises:
+            InvalidArgument, Overloaded, DeadlineExceeded, Unavailable, InternalError.
+        """
+        served = self._serving()
+        started_s = self._clock()
+        request = to_request(message, served.limits, served.tokenizer, time_left_s, trace_id(metadata))
+        tokenize = ((Stage.TOKENIZE.value, self._clock() - started_s),)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        served.engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None)
+        num_generated = 0
+        ended = False
+        try:
+            while not ended:
+                batch = [await self._next(events, request.deadline.remaining_s())]
+                while not events.empty():
+                    batch.append(events.get_nowait())
+                good = [event for event in batch if event.error is None]
+                num_generated += sum(event.token is not None for event in good)
+                ended = batch[-1].last
+                if good:
+                    yield to_chunk(good, request, num_generated, tokenize)
+                if batch[-1].error is not None:
+                    raise batch[-1].error
+        finally:
+            if not ended:
+                served.engine.cancel(request.request_id)
+
+    @staticmethod
+    async def _next(events: asyncio.Queue[TokenEvent], time_left_s: float) -> TokenEvent:
+        try:
+            return await asyncio.wait_for(events.get(), time_left_s + _GRACE_S)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("the deadline of the request has passed") from exc
+
+    async def generate_once(
+        self, message: inference_pb2.GenerateRequest, metadata: Mapping[str, str], time_left_s: float | None
+    ) -> inference_pb2.GenerateReply:
+        """The same as one reply."""
+        return to_reply([chunk async for chunk in self.generate(message, metadata, time_left_s)])
+
+    def model_info(self) -> inference_pb2.ModelInfoReply:
+        """What is served."""
+        return self._serving().info
+
+    def tokenize(self, message: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeReply:
+        """Text to ids."""
+        special = message.add_special_tokens if message.HasField("add_special_tokens") else True
+        return inference_pb2.TokenizeReply(ids=self._tokenizer().encode(message.text, special))
+
+    def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeReply:
+        """Ids to text."""
+        served, tokenizer = self._serving(), self._tokenizer()
+        check_ids("ids", message.ids, served.limits.vocab_size)
+        skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+        return inference_pb2.DetokenizeReply(text=tokenizer.decode(list(message.ids), skip))
+
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = self._serving().tokenizer
+        if tokenizer is None:
+            raise CheckpointError("this checkpoint has no tokenizer files: use token ids")
+        return tokenizer
+
+    # -- control -------------------------------------------------------------------------------------------------
+
+    def status(self) -> control_pb2.StatusReply:
+        """How the system is; in every state."""
+        reply = self._served.status() if self._served is not None else control_pb2.StatusReply()
+        reply.state = self.state
+        if self._served is not None:
+            reply.uptime_s = self._clock() - self._ready_s
+        return reply
+
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return self._served.engine.num_live() if self._served is not None else 0
+
+
+def trace_id(metadata: Mapping[str, str]) -> str:
+    """32 hex digits: the client's when it sent a valid traceparent, else new ones."""
+    context = TraceContextTextMapPropagator().extract(dict(metadata))
+    span = trace.get_current_span(context).get_span_context()
+    if span.is_valid:
+        return trace.format_trace_id(span.trace_id)
+    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+
+    return trace.format_trace_id(RandomIdGenerator().generate_trace_id())
+
+
+def utf8_problem(data: bytes, message_type: type) -> InvalidArgument:
+    """Why ``data`` cannot be parsed as ``message_type``: names the text field that is not UTF-8, if there is one."""
+    from google.protobuf import empty_pb2
+    from google.protobuf.message import DecodeError
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    name = message_type.DESCRIPTOR.name  # type: ignore[attr-defined]
+    try:
+        fields = UnknownFieldSet(empty_pb2.Empty.FromString(data))
+        known = message_type.DESCRIPTOR.fields_by_number  # type: ignore[attr-defined]
+        for item in fields:
+            field = known.get(item.field_number)
+            if field is not None and isinstance(item.data, bytes):
+                try:
+                    item.data.decode("utf-8")
+                except UnicodeDecodeError as exc:
+                    return InvalidArgument(field.name, item.data[:40], f"must be UTF-8: {exc.reason} at byte {exc.start}")
+    except DecodeError:
+        pass
+    return InvalidArgument(name, f"{len(data)} bytes", "cannot be parsed as this message")

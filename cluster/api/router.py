@@ -1,0 +1,198 @@
+"""One router put together: trunk, dispatcher, engine, and what the front door needs to know. A plain class."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from cluster.api.convert import ModelLimits
+from cluster.api.frontend import Served
+from cluster.config import Config
+from cluster.core import Deadline, GroupInfo, Membership
+from cluster.engine.engine import Engine
+from cluster.engine.text import load_tokenizer
+from cluster.experts.group import visible_devices
+from cluster.model.packed import Chunk, SequenceKv
+from cluster.model.trunk import Trunk
+from cluster.routing.dispatcher import Dispatcher, StepContext
+from cluster.routing.fabric import Fabric
+from cluster.rpc.v1 import control_pb2, experts_pb2, inference_pb2
+from cluster.telemetry.memory import process_facts
+from cluster.transport.base import Transport
+from cluster.transport.grpc_link import GrpcTransport
+from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
+from cluster.weights.skeleton import Skeleton
+
+log = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = 8
+
+
+class Router:
+    """Holds the trunk and runs the engine. The constructor returns after one synthetic step went the whole way.
+
+    ``fetch`` gives the coordinator's membership. ``local_links`` replaces network links where groups live in this
+    process.
+
+    Raises (constructor):
+        ExpertMeshError: the model cannot be served, or a group cannot be reached.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        fetch: Callable[[], Membership],
+        threads: int,
+        local_links: Callable[[GroupInfo, Deadline], Transport] | None = None,
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint = Checkpoint(config.model)
+        self._device = device = pick_device(config.device)
+        dtype = resolve_dtype(config.dtype, checkpoint.dtype, device.type == "cuda")
+        self._dtype = DTYPE_NAMES[dtype]
+        torch.set_num_threads(threads)
+        self.fabric = Fabric(fetch, local_links or self._connect)
+        dispatcher = Dispatcher(
+            self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s
+        )
+        self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
+        tokenizer = load_tokenizer(checkpoint.path)
+        self.fabric.start()
+        kv_bytes_per_token = self._warm_up()
+        self.engine = Engine(self._trunk.forward, tokenizer, config.engine, kv_bytes_per_token, threads)
+        info = self._model_info(skeleton, has_tokenizer=tokenizer is not None)
+        limits = ModelLimits(
+            vocab_size=info.vocab_size,
+            context_length=skeleton.context_length,
+            context_why=skeleton.context_why,
+            end_ids=frozenset(info.end_ids),
+            default_max_new_tokens=min(config.engine.default_max_new_tokens, skeleton.context_length),
+            max_deadline_s=config.engine.max_deadline_s,
+            verify=config.verify,
+        )
+        self.served = Served(self.engine, tokenizer, limits, info, self.status)
+
+    def _connect(self, info: GroupInfo, deadline: Deadline) -> Transport:
+        hello = experts_pb2.Hello(
+            fingerprint=self._checkpoint.fingerprint, dtype=self._dtype, secret=self._config.data_plane.secret
+        )
+        return GrpcTransport(info.group, info.address, hello, deadline, router=f"router-{os.getpid()}")
+
+    def _warm_up(self) -> int:
+        """One step through trunk and groups; returns key-value bytes a token."""
+        kv = SequenceKv()
+        self._trunk.forward([Chunk(range(_WARM_UP_TOKENS), kv)], StepContext(0))
+        capacity = max(1, kv.capacity)
+        return kv.num_bytes // capacity
+
+    def _model_info(self, skeleton: Skeleton, has_tokenizer: bool) -> inference_pb2.ModelInfoReply:
+        checkpoint = self._checkpoint
+        return inference_pb2.ModelInfoReply(
+            arch=checkpoint.arch,
+            name=checkpoint.path.name,
+            fingerprint=checkpoint.fingerprint,
+            dtype=self._dtype,
+            vocab_size=int(checkpoint.config.get_text_config(decoder=True).vocab_size),
+            context_length=skeleton.context_length,
+            num_moe_layers=len(skeleton.moe_layers),
+            num_experts=skeleton.num_experts,
+            experts_per_token=skeleton.experts_per_token,
+            num_groups=len(self.fabric.membership.groups),
+            has_tokenizer=has_tokenizer,
+            end_ids=sorted(end_ids(checkpoint)),
+        )
+
+    def status(self) -> control_pb2.StatusReply:
+        """Everything but the state, which the front door knows."""
+        membership, links = self.fabric.membership, self.fabric.link_states()
+        stats, facts = self.engine.stats(), process_facts()
+        reply = control_pb2.StatusReply(
+            arch=self._checkpoint.arch,
+            model=self._checkpoint.path.name,
+            dtype=self._dtype,
+            table_epoch=membership.table.epoch,
+            table_version=membership.table.version,
+            uncovered_experts=[f"{e.layer}/{e.expert}" for e in membership.table.uncovered()],
+            trunk_bytes=self._trunk.num_bytes,
+        )
+        for group, info in sorted(membership.groups.items()):
+            kind, healthy = links.get(group, ("", False))
+            reply.groups.append(_group_status(info, kind, healthy))
+        reply.router.CopyFrom(
+            control_pb2.ProcessStatus(
+                pid=facts.pid,
+                host=facts.host,
+                device=str(self._device),
+                visible_devices=visible_devices(),
+                rss_bytes=facts.rss_bytes,
+                anonymous_bytes=facts.anonymous_bytes,
+            )
+        )
+        reply.engine.CopyFrom(
+            control_pb2.EngineStatus(
+                running=stats.running,
+                waiting=stats.waiting,
+                steps=stats.steps,
+                max_batch=stats.max_batch,
+                finished=stats.finished,
+                cancelled=stats.cancelled,
+                failed=stats.failed,
+                max_steps_after_cancel=stats.max_steps_after_cancel,
+                kv_used_bytes=stats.kv_used_bytes,
+                kv_limit_bytes=self._config.engine.kv_cache_bytes,
+                progress_age_s=self.engine.progress_age_s(),
+            )
+        )
+        reply.loops.add(name="fabric", progress_age_s=self.fabric.progress_age_s())
+        reply.loops.add(name="engine", progress_age_s=self.engine.progress_age_s())
+        return reply
+
+    def close(self) -> None:
+        """Ends the engine and all links."""
+        self.engine.close()
+        self.fabric.close()
+
+
+def _group_status(info: GroupInfo, kind: str, healthy: bool) -> control_pb2.GroupStatus:
+    status = control_pb2.GroupStatus(
+        group=info.group,
+        healthy=healthy,
+        address=info.address,
+        transport=kind,
+        expert_bytes=info.expert_bytes,
+        calls=info.calls,
+        incarnation=info.incarnation,
+        progress_age_s=info.progress_age_s,
+        process=control_pb2.ProcessStatus(
+            pid=info.pid,
+            host=info.host,
+            device=info.device,
+            visible_devices=info.visible_devices,
+            rss_bytes=info.rss_bytes,
+            anonymous_bytes=info.anonymous_bytes,
+        ),
+    )
+    for experts in info.holdings:
+        status.holdings.add(experts=experts)
+    return status
+
+
+def end_ids(checkpoint: Checkpoint) -> set[int]:
+    """End ids of generation_config.json, or of config.json where there is none."""
+    file = checkpoint.path / "generation_config.json"
+    found = None
+    if file.exists():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as exc:
+            log.warning("generation_config.json cannot be read: %s", exc)
+    if found is None:
+        found = getattr(checkpoint.config.get_text_config(decoder=True), "eos_token_id", None)
+    if found is None:
+        return set()
+    return {int(i) for i in found} if isinstance(found, list) else {int(found)}

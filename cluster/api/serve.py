@@ -1,0 +1,152 @@
+"""The router's Serve shell: the second host of the front door (Serve's gRPC ingress), and the first one's process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.api.frontend import Frontend
+from cluster.api.router import Router
+from cluster.api.server import ClientServer, Health
+from cluster.api.servicer import parsed
+from cluster.api.status import as_known, grpc_status
+from cluster.config import Config
+from cluster.core import Membership
+from cluster.errors import InternalError, Unavailable
+
+FETCH_TIMEOUT_S = 5.0
+
+BuildRouter = Callable[[Config, Callable[[], Membership]], Router]
+
+
+class RouterShell:
+    """Deployment ``router`` of the application ``expertmesh``."""
+
+    async def __init__(self, build: BuildRouter, config: Config, coordinator: DeploymentHandle | None) -> None:
+        self._coordinator = coordinator
+        self._frontend, self._health = Frontend(), Health()
+        self._server: ClientServer | None = None
+        self._port = 0
+        await self._health.set(serving=False)
+        if config.front_door == "router":
+            self._server = ClientServer(self._frontend, self._health)
+            self._port = await self._server.start(config.listen)
+        try:
+            self._router = await asyncio.to_thread(build, config, self._membership)
+        except BaseException:
+            if self._server is not None:
+                await self._server.stop(0)
+            raise
+        self._frontend.ready(self._router.served)
+        await self._health.set(serving=True)
+
+    def _membership(self) -> Membership:
+        assert self._coordinator is not None
+        try:
+            membership: Membership = self._coordinator.membership.remote().result(timeout_s=FETCH_TIMEOUT_S)
+        except (RayError, TimeoutError) as exc:
+            raise Unavailable(f"the coordinator does not answer: {type(exc).__name__}") from exc
+        return membership
+
+    async def port(self) -> int:
+        """Port of the router's own server; 0 behind Serve's ingress."""
+        return self._port
+
+    async def drain(self, grace_s: float) -> int:
+        """NOT_SERVING from now on; waits for running requests, at most ``grace_s`` seconds. How many are left."""
+        self._frontend.drain()
+        await self._health.set(serving=False)
+        ends_s = time.monotonic() + grace_s
+        while self._frontend.num_live() and time.monotonic() < ends_s:
+            await asyncio.sleep(0.05)
+        left = self._frontend.num_live()
+        if self._server is not None:
+            await self._server.stop(0.2)
+        return left
+
+    async def check_health(self) -> None:
+        """Serve restarts a router whose engine thread is stuck."""
+        age_s = self._router.engine.progress_age_s()
+        if age_s > 300:
+            raise InternalError(f"the engine made no progress for {age_s:.0f} s")
+
+    # -- Serve's gRPC ingress: the same services, with Serve's own context ---------------------------------------------
+
+    async def Generate(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        chunks = None
+        try:
+            chunks = self._frontend.generate(parsed(request), _metadata(grpc_context), None)
+            async for chunk in chunks:
+                yield chunk
+        except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
+            _set_status(grpc_context, exc)
+        finally:
+            if chunks is not None:
+                await chunks.aclose()  # type: ignore[attr-defined]
+
+    async def GenerateOnce(self, request: Any, grpc_context: Any) -> Any:
+        try:
+            return await self._frontend.generate_once(parsed(request), _metadata(grpc_context), None)
+        except Exception as exc:  # noqa: BLE001 (as above)
+            return _set_status(grpc_context, exc)
+
+    async def ModelInfo(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, self._frontend.model_info)
+
+    async def Tokenize(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, lambda: self._frontend.tokenize(parsed(request)))
+
+    async def Detokenize(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, lambda: self._frontend.detokenize(parsed(request)))
+
+    async def Status(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, self._frontend.status)
+
+    async def Check(self, request: Any, grpc_context: Any) -> Any:
+        return await self._health.servicer.Check(request, grpc_context)
+
+    async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        """Serve's context is a copy, so the library's servicer, which writes to the stream itself, cannot be used."""
+        from grpc_health.v1 import health_pb2
+
+        last: Any = None
+        while True:
+            reply = await self._health.servicer.Check(health_pb2.HealthCheckRequest(service=request.service), _Ignored())
+            if reply != last:
+                last = reply
+                yield reply
+            await asyncio.sleep(0.2)
+
+
+class _Ignored:
+    """A context whose status is of no interest: an unknown service is SERVICE_UNKNOWN to a watcher, no error."""
+
+    def set_code(self, code: Any) -> None:
+        """Ignored."""
+
+    def set_details(self, details: Any) -> None:
+        """Ignored."""
+
+
+def _call(grpc_context: Any, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
+        return _set_status(grpc_context, exc)
+
+
+def _set_status(grpc_context: Any, error: Exception) -> None:
+    """Trailers set before a raise are dropped by Serve, so the status is set and nothing is raised."""
+    code, details, metadata = grpc_status(as_known(error))
+    grpc_context.set_code(code)
+    grpc_context.set_details(details[:4000])
+    grpc_context.set_trailing_metadata(list(metadata))
+
+
+def _metadata(grpc_context: Any) -> dict[str, str]:
+    return {key: value for key, value in grpc_context.invocation_metadata() if isinstance(value, str)}

@@ -1,0 +1,65 @@
+"""The router's own gRPC server: inference, control, health and reflection on one port."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.api.frontend import Frontend
+from cluster.api.servicer import ControlServicer, InferenceServicer, add_inference_servicer
+from cluster.config import split_address
+from cluster.errors import ConfigError
+from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+
+
+class Health:
+    """grpc.health.v1 for the whole server ("") and the inference service."""
+
+    def __init__(self) -> None:
+        self.servicer: Any = health.aio.HealthServicer()
+
+    async def set(self, serving: bool) -> None:
+        """SERVING or NOT_SERVING."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", INFERENCE):
+            await self.servicer.set(service, status)
+
+
+class ClientServer:
+    """Listens while the router still starts, so that health checks hear NOT_SERVING instead of nothing."""
+
+    def __init__(self, frontend: Frontend, health_service: Health) -> None:
+        self._server = grpc.aio.server(
+            options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_REQUEST_BYTES))
+        )
+        add_inference_servicer(InferenceServicer(frontend), self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(frontend), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, self._server)
+        reflection.enable_server_reflection(
+            (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self, listen: str) -> int:
+        """Binds ``host:port`` and answers from now on; returns the port.
+
+        Raises:
+            ConfigError: the port is in use, or the interface is not this machine's.
+        """
+        host, port = split_address("listen", listen)
+        try:
+            bound: int = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as exc:
+            raise ConfigError(f"listen: got {listen!r}; the port is in use or the interface is not this machine's") from exc
+        await self._server.start()
+        return bound
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets running ones finish for ``grace_s`` seconds, then cancels them."""
+        await self._server.stop(grace_s)

@@ -1,0 +1,136 @@
+"""The gRPC services for the router's own server: convert, look up, await, convert."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from cluster.api.frontend import Frontend, utf8_problem
+from cluster.api.status import as_known, grpc_status
+from cluster.errors import ExpertMeshError
+from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+Reply = TypeVar("Reply")
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """cluster.rpc.v1.Inference over a `Frontend`."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def Generate(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for chunk in self._frontend.generate(parsed(request), _metadata(context), context.time_remaining()):
+                yield chunk
+        except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
+            await _abort(context, exc)
+
+    async def GenerateOnce(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(
+            context,
+            lambda: self._frontend.generate_once(parsed(request), _metadata(context), context.time_remaining()),
+        )
+
+    async def ModelInfo(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, lambda: _now(self._frontend.model_info))
+
+    async def Tokenize(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, lambda: _now(lambda: self._frontend.tokenize(parsed(request))))
+
+    async def Detokenize(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, lambda: _now(lambda: self._frontend.detokenize(parsed(request))))
+
+
+class ControlServicer(control_pb2_grpc.ControlServicer):
+    """cluster.rpc.v1.Control over a `Frontend`."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def Status(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> control_pb2.StatusReply:
+        return await _answer(context, lambda: _now(self._frontend.status))
+
+
+class Unparsed:
+    """A request that is no message of its type, with the error that says why. Stands in for the message."""
+
+    def __init__(self, problem: ExpertMeshError) -> None:
+        self.problem = problem
+
+
+def parsed(request: Any) -> Any:
+    """The request, if it is one.
+
+    Raises:
+        InvalidArgument: it could not be parsed.
+    """
+    if isinstance(request, Unparsed):
+        raise request.problem
+    return request
+
+
+def _tolerant(message_type: type[Message]) -> Callable[[bytes], Any]:
+    """A deserialiser that lets the servicer answer what cannot be parsed; gRPC alone would say INTERNAL."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return message_type.FromString(data)
+        except DecodeError:
+            return Unparsed(utf8_problem(data, message_type))
+
+    return parse
+
+
+def add_inference_servicer(servicer: Any, server: Any) -> None:
+    """As the generated ``add_InferenceServicer_to_server``, with deserialisers that do not fail."""
+    requests: dict[str, type[Message]] = {
+        "GenerateOnce": inference_pb2.GenerateRequest,
+        "ModelInfo": inference_pb2.ModelInfoRequest,
+        "Tokenize": inference_pb2.TokenizeRequest,
+        "Detokenize": inference_pb2.DetokenizeRequest,
+    }
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        name: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, name), request_deserializer=_tolerant(kind), response_serializer=_serialize
+        )
+        for name, kind in requests.items()
+    }
+    handlers["Generate"] = grpc.unary_stream_rpc_method_handler(
+        servicer.Generate,
+        request_deserializer=_tolerant(inference_pb2.GenerateRequest),
+        response_serializer=_serialize,
+    )
+    name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+
+
+def _serialize(message: Any) -> bytes:
+    data: bytes = message if isinstance(message, bytes) else message.SerializeToString()
+    return data
+
+
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    pairs = context.invocation_metadata() or ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+async def _now(call: Callable[[], Reply]) -> Reply:
+    return call()
+
+
+async def _answer(context: grpc.aio.ServicerContext[Any, Any], call: Callable[[], Awaitable[Reply]]) -> Reply:
+    try:
+        return await call()
+    except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
+        return await _abort(context, exc)
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> Any:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    code, details, metadata = grpc_status(as_known(error))
+    await context.abort(code, details, metadata)

@@ -1,0 +1,351 @@
+"""Composition root: wires every layer together and builds the Serve applications.
+
+One application ``expertmesh`` holds router and coordinator; every expert group is an application of its own,
+``experts-<i>``: re-running an application restarts all of it, adding or removing one restarts no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.serve.config import gRPCOptions
+
+from cluster import errors
+from cluster.api.router import Router
+from cluster.api.serve import RouterShell
+from cluster.config import Config, split_address
+from cluster.control.serve import CoordinatorShell, group_app
+from cluster.core import Deadline, GroupInfo, Membership
+from cluster.errors import ConfigError, ExpertMeshError, InternalError, Unavailable
+from cluster.experts.group import ExpertGroup
+from cluster.experts.serve import ExpertsShell
+from cluster.placement.planner import Holdings, plan_blocks, table_from_groups
+from cluster.transport.base import Transport
+from cluster.transport.inproc import InprocTransport
+from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.dtypes import resolve_dtype
+from cluster.weights.footprint import Footprint, available_bytes, check_fits, footprints
+from cluster.weights.mapping import WeightMap
+from cluster.weights.skeleton import build_skeleton
+
+log = logging.getLogger(__name__)
+
+APP = "expertmesh"
+ACTOR_CPUS = 0.05
+"""CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
+GRPC_FUNCTIONS = [
+    "cluster.api.servicer.add_inference_servicer",
+    "cluster.rpc.v1.control_pb2_grpc.add_ControlServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+_SPIN = {"GOMP_SPINCOUNT": "20000"}
+"""OpenMP threads that spin for long after a parallel region hold the core that the other process needs."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a deployment will be, checked before anything is started."""
+
+    config: Config
+    experts_per_layer: tuple[int, ...]
+    holdings: tuple[Holdings, ...]
+    processes: tuple[Footprint, ...]
+
+    @property
+    def one_process(self) -> bool:
+        """The groups live in the router's process."""
+        return self.config.groups == 0 or self.config.data_plane.transport == "inproc"
+
+
+def make_plan(config: Config) -> Plan:
+    """Opens the checkpoint, refuses what cannot be served, places experts and adds up bytes. Loads no weights.
+
+    Raises:
+        CheckpointError, UnsupportedModel, ConfigError: with the reason in one line.
+    """
+    if not config.data_plane.secret:
+        data_plane = dataclasses.replace(config.data_plane, secret=secrets.token_hex(16))
+        config = dataclasses.replace(config, data_plane=data_plane)
+    if config.device == "cuda" and not torch.cuda.is_available() and not config.address:
+        raise ConfigError("device: got 'cuda'; torch finds no GPU on this machine")
+    checkpoint = Checkpoint(config.model)
+    dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
+    weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))
+    experts_per_layer = tuple(layer.num_experts for layer in weights.skeleton.moe_layers)
+    holdings = tuple(plan_blocks(experts_per_layer, max(1, config.groups)))
+    plan = Plan(config, experts_per_layer, holdings, ())
+    processes = footprints(weights, holdings, dtype, config.engine.kv_cache_bytes, plan.one_process)
+    return dataclasses.replace(plan, processes=tuple(processes))
+
+
+# -- what runs in the router's process -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRouter:
+    """Makes the router inside its replica; Ray carries it there."""
+
+    plan: Plan
+
+    def __call__(self, config: Config, fetch: Callable[[], Membership]) -> Router:
+        """The router, with groups in this process or behind links."""
+        threads = config.threads or _cores()
+        if not self.plan.one_process:
+            return Router(config, fetch, threads)
+        groups = {
+            i: ExpertGroup(i, held, config, threads, listen=False) for i, held in enumerate(self.plan.holdings)
+        }
+
+        def membership() -> Membership:
+            infos = {i: group.info() for i, group in groups.items()}
+            return Membership(table_from_groups(1, 1, self.plan.experts_per_layer, infos.values()), infos)
+
+        def link(info: GroupInfo, _deadline: Deadline) -> Transport:
+            return InprocTransport(info.group, groups[info.group].host)
+
+        return Router(config, membership, threads, link)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# -- Ray and Serve -------------------------------------------------------------------------------------------------
+
+
+class RaySession:
+    """A Ray cluster with Serve on it: joined by address, or a local one that ends with the session.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self._local = not config.address
+
+    def __enter__(self) -> RaySession:
+        # Read by Ray when its processes start: an upgrade notice to nobody, and 30 s of waiting at shutdown.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._progress("starting a local Ray" if self._local else f"joining Ray at {self._config.address}")
+        options: dict[str, Any] = {"include_dashboard": False} if self._local else {}
+        try:
+            ray.init(
+                address="local" if self._local else self._config.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as exc:
+            raise Unavailable(f"address: cannot join Ray at {self._config.address!r}: {_one_line(exc)}") from exc
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        try:
+            self._start_serve()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start_serve(self) -> None:
+        self._progress("starting Ray Serve")
+        if self._config.front_door == "router":
+            serve.start(proxy_location="Disabled")
+            return
+        _, port = split_address("listen", self._config.listen)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": "127.0.0.1", "port": _free_port()},
+            grpc_options=gRPCOptions(port=port, grpc_servicer_functions=GRPC_FUNCTIONS),
+        )
+
+    def __exit__(self, *_exc: object) -> None:
+        if not ray.is_initialized():
+            return
+        try:
+            if self._local:
+                serve.shutdown()
+        except (ray.exceptions.RayError, TimeoutError, ConnectionError) as exc:
+            log.warning("Serve did not shut down cleanly: %s", _one_line(exc))
+        finally:
+            ray.shutdown()
+
+
+@dataclass(slots=True)
+class Deployment:
+    """The applications of one served model. ``address`` is the client port."""
+
+    plan: Plan
+    address: str
+    apps: list[str] = field(default_factory=list)
+
+    def drain(self, grace_s: float) -> int:
+        """NOT_SERVING; waits for running requests. How many were left."""
+        try:
+            router = serve.get_app_handle(APP)
+            left: int = router.drain.remote(grace_s).result(timeout_s=grace_s + 10)
+        except (ray.exceptions.RayError, TimeoutError, serve.exceptions.RayServeException) as exc:
+            log.warning("the router did not drain: %s", _one_line(exc))
+            return -1
+        return left
+
+    def remove(self) -> None:
+        """Deletes the applications, the router's first."""
+        for app in self.apps:
+            serve.delete(app)
+
+
+def deploy(plan: Plan, progress: Progress) -> Deployment:
+    """Puts the applications on the Ray cluster that the process is connected to; returns when they serve.
+
+    Raises:
+        ConfigError: bytes or GPUs do not suffice.
+        ExpertMeshError: what a process failed with while it started.
+    """
+    config = plan.config
+    single_host = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    if single_host:
+        check_fits(plan.processes, available_bytes(), "this machine")
+    gpus = _gpus_each(plan)
+    deployment = Deployment(plan, config.listen)
+    try:
+        if not plan.one_process:
+            names = [group_app(i) for i in range(len(plan.holdings))]
+            progress(f"loading {len(names)} expert groups")
+            deployment.apps = list(names)
+            _run(
+                [
+                    serve.RunTarget(_group(plan, i, gpus), name=name, route_prefix=None)
+                    for i, name in enumerate(names)
+                ]
+            )
+        progress("loading the router")
+        deployment.apps.insert(0, APP)
+        route = "/" if config.front_door == "serve" else None
+        _run([serve.RunTarget(_router(plan, gpus), name=APP, route_prefix=route)])
+    except BaseException:
+        deployment.remove()
+        raise
+    if config.front_door == "router":
+        port = serve.get_app_handle(APP).port.remote().result(timeout_s=30)
+        deployment.address = f"{split_address('listen', config.listen)[0]}:{port}"
+    return deployment
+
+
+def _gpus_each(plan: Plan) -> int:
+    """1 where the cluster has GPUs (logical ones count), 0 otherwise."""
+    have = int(ray.cluster_resources().get("GPU", 0))
+    if have == 0 or plan.config.device == "cpu":
+        return 0
+    need = 1 if plan.one_process else 1 + len(plan.holdings)
+    if have < need:
+        raise ConfigError(
+            f"groups: {need} GPUs are needed (one for the router and one a group), the cluster has {have}; "
+            f"use --groups {max(0, have - 1)} or --device cpu"
+        )
+    return 1
+
+
+def _actor_options(gpus: int) -> dict[str, Any]:
+    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": dict(_SPIN)}}
+
+
+def _group(plan: Plan, group: int, gpus: int) -> serve.Application:
+    threads = plan.config.threads or max(1, _cores() // max(1, len(plan.holdings)))
+    deployment = serve.deployment(
+        ExpertsShell,
+        name="group",
+        num_replicas=1,
+        max_ongoing_requests=64,
+        ray_actor_options=_actor_options(gpus),
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=2,
+    )
+    return deployment.bind(group, plan.holdings[group], plan.config, threads)
+
+
+def _router(plan: Plan, gpus: int) -> serve.Application:
+    coordinator = None
+    if not plan.one_process:
+        coordinator = serve.deployment(
+            CoordinatorShell,
+            name="coordinator",
+            num_replicas=1,
+            max_ongoing_requests=256,
+            ray_actor_options=_actor_options(0),
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=2,
+        ).bind(plan.experts_per_layer, list(range(len(plan.holdings))))
+    router = serve.deployment(
+        RouterShell,
+        name="router",
+        num_replicas=1,
+        max_ongoing_requests=4096,
+        ray_actor_options=_actor_options(gpus),
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=5,
+    )
+    return router.bind(BuildRouter(plan), plan.config, coordinator)
+
+
+def _run(targets: Sequence[serve.RunTarget]) -> None:
+    """Runs applications and waits; a failed constructor becomes the error that it raised."""
+    try:
+        serve.run_many(targets)
+    except (RuntimeError, ray.exceptions.RayError, TimeoutError) as exc:
+        raise _origin(str(exc)) from exc
+
+
+def _origin(text: str) -> ExpertMeshError:
+    """The typed error inside a traceback that Serve reports as text."""
+    kinds: Mapping[str, Any] = vars(errors)
+    for name, message in reversed(re.findall(r"cluster\.errors\.(\w+): (.*)", text)):
+        kind = kinds.get(name)
+        if isinstance(kind, type) and issubclass(kind, ExpertMeshError):
+            error: ExpertMeshError = ExpertMeshError.__new__(kind)
+            Exception.__init__(error, message.strip())
+            return error
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return InternalError(f"a process failed to start: {lines[-1] if lines else 'no reason was given'}")
+
+
+def check_port(listen: str) -> None:
+    """Raises ConfigError when ``host:port`` cannot be bound now."""
+    host, port = split_address("listen", listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as exc:
+            raise ConfigError(
+                f"listen: got {listen!r}; {exc.strerror or exc}; choose another port with --listen HOST:PORT"
+            ) from exc
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:300] or type(exc).__name__

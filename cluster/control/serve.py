@@ -1,0 +1,61 @@
+"""The coordinator's Serve shell: asks groups through Serve handles, keeps the epoch in Ray's key-value store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+from cluster.control.coordinator import Coordinator
+from cluster.core import GroupId, GroupInfo, Membership
+from cluster.errors import Unavailable
+
+ASK_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 120.0
+_EPOCH_KEY = b"expertmesh:epoch"
+
+
+def group_app(group: GroupId) -> str:
+    """Name of the Serve application of a group."""
+    return f"experts-{group}"
+
+
+def next_epoch() -> int:
+    """A number higher than every one before it in this Ray cluster."""
+    raw = _internal_kv_get(_EPOCH_KEY)
+    epoch = int(raw) + 1 if raw else 1
+    _internal_kv_put(_EPOCH_KEY, str(epoch).encode(), overwrite=True)
+    return epoch
+
+
+def ask_group(group: GroupId) -> GroupInfo:
+    """One group's info through its Serve handle.
+
+    Raises:
+        Unavailable: it did not answer in time.
+    """
+    try:
+        info: GroupInfo = serve.get_app_handle(group_app(group)).info.remote().result(timeout_s=ASK_TIMEOUT_S)
+    except (RayError, TimeoutError, serve.exceptions.RayServeException) as exc:
+        raise Unavailable(f"group {group} does not answer: {type(exc).__name__}") from exc
+    return info
+
+
+class CoordinatorShell:
+    """Deployment ``coordinator`` of the application ``expertmesh``."""
+
+    def __init__(self, experts_per_layer: Sequence[int], groups: Sequence[GroupId]) -> None:
+        self._coordinator = Coordinator(experts_per_layer, groups, ask_group, next_epoch())
+        self._coordinator.start(START_TIMEOUT_S)
+
+    def membership(self) -> Membership:
+        """See `Coordinator`."""
+        return self._coordinator.membership()
+
+    def check_health(self) -> None:
+        """Serve restarts a coordinator whose loop is stuck."""
+        age_s = self._coordinator.progress_age_s()
+        if age_s > 60:
+            raise Unavailable(f"the coordinator's loop made no progress for {age_s:.0f} s")

@@ -1,0 +1,291 @@
+"""The engine: one thread that takes requests, runs steps, and tells each request's listener of its tokens.
+
+Nothing here knows gRPC or Ray. ``forward`` is the trunk (or, in tests, anything with its signature).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from cluster.config import EngineConfig
+from cluster.core import Clock, FinishReason, Priority, Request
+from cluster.engine.sampler import Sampled, sample
+from cluster.engine.scheduler import Scheduled, Scheduler, Share
+from cluster.engine.text import TextStream, Tokenizer
+from cluster.errors import Cancelled, DeadlineExceeded, ExpertMeshError, InternalError, Unavailable
+from cluster.model.packed import Chunk, SequenceKv
+from cluster.routing.dispatcher import StepContext
+from cluster.telemetry.ledger import Ledger, Stage
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[Sequence[Chunk], StepContext], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What a listener hears: a token, the end, or an error (the last one is the last event).
+
+    ``logits`` are fp32 little-endian bytes, only where the request wants them.
+    """
+
+    text: str = ""
+    token: Sampled | None = None
+    logits: bytes = b""
+    finish: FinishReason | None = None
+    error: ExpertMeshError | None = None
+    ledger: Ledger | None = None
+
+    @property
+    def last(self) -> bool:
+        """No event follows."""
+        return self.finish is not None or self.error is not None
+
+
+Listener = Callable[[TokenEvent], None]
+"""Called in the engine thread; must neither block nor raise."""
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A request in the engine."""
+
+    request: Request
+    listener: Listener
+    sequence: Scheduled
+    text: TextStream
+    arrived_s: float
+    kv: SequenceKv = field(default_factory=SequenceKv)
+    generated: list[int] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    started: bool = False
+    cancelled_at_step: int | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start; see EngineStatus in control.proto."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    max_batch: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    max_steps_after_cancel: int = 0
+    kv_used_bytes: int = 0
+
+
+class Engine:
+    """Step loop over ``forward``. Every request that `submit` accepts ends with exactly one last event."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        kv_bytes_per_token: int,
+        threads: int = 0,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._forward, self._tokenizer, self._clock, self._threads = forward, tokenizer, clock, threads
+        max_kv_tokens = max(1, config.kv_cache_bytes // max(1, kv_bytes_per_token))
+        self._scheduler = Scheduler(
+            config.max_running, config.max_waiting, config.step_token_budget, max_kv_tokens
+        )
+        self._lock = threading.Condition()
+        self._live: dict[str, _Live] = {}
+        self._by_sequence: dict[Scheduled, _Live] = {}
+        self._cancelled: set[str] = set()
+        self._closed = False
+        self._stats = EngineStats()
+        self._progress_s = clock()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- called from other threads -----------------------------------------------------------------------------------
+
+    def submit(self, request: Request, listener: Listener) -> None:
+        """Takes a request; its events go to ``listener``.
+
+        Raises:
+            Overloaded: too many requests wait.
+            Unavailable: the engine has been closed.
+        """
+        sequence = Scheduled(request)
+        live = _Live(request, listener, sequence, TextStream(self._tokenizer, request.stop.stop_strings), self._clock())
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the router is shutting down; retry elsewhere")
+            self._scheduler.add(sequence)
+            self._live[request.request_id] = live
+            self._by_sequence[sequence] = live
+            self._lock.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Frees the request before the next step. Unknown ids are ignored: it may just have ended."""
+        with self._lock:
+            live = self._live.get(request_id)
+            if live is not None and live.cancelled_at_step is None:
+                live.cancelled_at_step = self._stats.steps
+                self._cancelled.add(request_id)
+                self._lock.notify()
+
+    def stats(self) -> EngineStats:
+        """A copy of the counters."""
+        with self._lock:
+            self._stats.running, self._stats.waiting = self._scheduler.num_running, self._scheduler.num_waiting
+            self._stats.kv_used_bytes = sum(live.kv.num_bytes for live in self._live.values())
+            return EngineStats(**{name: getattr(self._stats, name) for name in EngineStats.__slots__})
+
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        with self._lock:
+            return len(self._live)
+
+    def progress_age_s(self) -> float:
+        """Seconds since the thread last finished a step or had nothing to do."""
+        with self._lock:
+            return self._clock() - self._progress_s if self._live else 0.0
+
+    def close(self) -> None:
+        """Ends the thread; requests that still run fail with Unavailable."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        self._thread.join(timeout=30)
+
+    # -- the engine thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        while True:
+            with self._lock:
+                self._drop_cancelled_and_expired()
+                if self._closed:
+                    for live in list(self._live.values()):
+                        self._end(live, error=Unavailable("the router is shutting down; retry elsewhere"))
+                    return
+                started_s = self._clock()
+                shares = self._scheduler.next_step()
+                self._progress_s = started_s
+                if not shares:
+                    self._lock.wait(0.5)
+                    continue
+                self._stats.steps += 1
+                self._stats.max_batch = max(self._stats.max_batch, len(shares))
+                step = StepContext(self._stats.steps)
+                lives = [self._by_sequence[share.sequence] for share in shares]
+            self._step(step, shares, lives, started_s)
+
+    def _drop_cancelled_and_expired(self) -> None:
+        for request_id in self._cancelled:
+            live = self._live.get(request_id)
+            if live is not None and live.cancelled_at_step is not None:
+                late = self._stats.steps - live.cancelled_at_step
+                self._stats.max_steps_after_cancel = max(self._stats.max_steps_after_cancel, late)
+                self._end(live, error=Cancelled("the client left"))
+        self._cancelled.clear()
+        for live in [live for live in self._live.values() if live.request.deadline.expired()]:
+            self._end(live, error=DeadlineExceeded("the deadline of the request has passed"))
+
+    def _step(self, step: StepContext, shares: list[Share], lives: list[_Live], started_s: float) -> None:
+        for live in lives:
+            if not live.started:
+                live.started = True
+                live.ledger.add(Stage.QUEUE, started_s - live.arrived_s)
+        step.priority = Priority.DECODE if all(share.sequence.decoding for share in shares) else Priority.PREFILL
+        chunks = [Chunk(share.ids, live.kv) for share, live in zip(shares, lives, strict=True)]
+        step.ledger.add(Stage.SCHEDULE, self._clock() - started_s)
+        try:
+            logits_NV = self._forward(chunks, step)
+            chosen = self._sample(step, shares, lives, logits_NV)
+            emit_s = self._clock()
+            events = [
+                self._advance(live, token, logits_NV[row]) if token is not None else None
+                for row, (live, token) in enumerate(zip(lives, chosen, strict=True))
+            ]
+            step.ledger.add(Stage.EMIT, self._clock() - emit_s)
+        except Exception as exc:  # noqa: BLE001 (whatever a step raises ends its requests, never the engine)
+            if isinstance(exc, ExpertMeshError):
+                log.error("step %d failed: %s", step.step_id, exc)
+                error = exc
+            else:
+                log.exception("step %d failed", step.step_id)
+                error = InternalError("a step failed; see the router's log")
+            with self._lock:
+                for live in lives:
+                    self._end(live, error=error)
+            return
+        with self._lock:
+            for live, token, event in zip(lives, chosen, events, strict=True):
+                live.ledger.absorb(step.ledger)
+                if token is None or event is None or live.request.request_id not in self._live:
+                    continue
+                if event.finish is not None:
+                    self._end(live, event=event)
+                else:
+                    self._scheduler.sampled(live.sequence, token.token)
+                    self._tell(live, event)
+
+    def _sample(
+        self, step: StepContext, shares: list[Share], lives: list[_Live], logits_NV: torch.Tensor
+    ) -> list[Sampled | None]:
+        started_s = self._clock()
+        chosen: list[Sampled | None] = []
+        for share, live, logits_V in zip(shares, lives, logits_NV, strict=True):
+            if not share.samples:
+                chosen.append(None)
+                continue
+            params = live.request.sampling
+            history = [*live.request.prompt_ids, *live.generated]
+            chosen.append(sample(logits_V, params, history))
+        step.ledger.add(Stage.SAMPLE, self._clock() - started_s)
+        return chosen
+
+    def _advance(self, live: _Live, sampled: Sampled, logits_V: torch.Tensor) -> TokenEvent:
+        """The event of one more token; whether the sequence ends with it."""
+        live.generated.append(sampled.token)
+        stop = live.request.stop
+        finish: FinishReason | None = None
+        text = ""
+        if sampled.token in stop.stop_ids:
+            finish, text = FinishReason.STOP_ID, live.text.finish()
+        else:
+            text, stopped = live.text.push(sampled.token)
+            if stopped:
+                finish = FinishReason.STOP_STRING
+            elif len(live.generated) >= stop.max_new_tokens:
+                finish, text = FinishReason.LENGTH, text + live.text.finish()
+        logits = logits_V.numpy().tobytes() if live.request.want_logits else b""
+        return TokenEvent(text, sampled, logits, finish)
+
+    def _end(self, live: _Live, event: TokenEvent | None = None, error: ExpertMeshError | None = None) -> None:
+        self._live.pop(live.request.request_id, None)
+        self._by_sequence.pop(live.sequence, None)
+        self._scheduler.remove(live.sequence)
+        if event is not None:
+            self._stats.finished += 1
+            last = TokenEvent(event.text, event.token, event.logits, event.finish, None, live.ledger)
+        else:
+            if isinstance(error, Cancelled):
+                self._stats.cancelled += 1
+            else:
+                self._stats.failed += 1
+            last = TokenEvent(error=error, ledger=live.ledger)
+        self._tell(live, last)
+
+    @staticmethod
+    def _tell(live: _Live, event: TokenEvent) -> None:
+        # The listener's event loop may be gone when the process shuts down; nobody is left to be told then.
+        with contextlib.suppress(RuntimeError):
+            live.listener(event)

@@ -1,0 +1,92 @@
+"""One expert group put together: weights, compute thread, and data-plane server. A plain class; its shell is Serve's."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+
+import torch
+
+from cluster.config import Config
+from cluster.core import GroupId, GroupInfo
+from cluster.experts.bank import ExpertBank
+from cluster.experts.host import ExpertHost
+from cluster.experts.server import DataPlaneServer, Identity
+from cluster.placement.planner import Holdings
+from cluster.telemetry.memory import process_facts
+from cluster.transport.base import LayerRows
+from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
+from cluster.weights.mapping import WeightMap
+from cluster.weights.skeleton import build_skeleton
+
+
+class ExpertGroup:
+    """Loads ``holdings`` (per MoE layer, sorted logical experts) and computes them.
+
+    With ``listen`` it also serves the data plane on ``config.data_plane.bind``. The constructor returns when every
+    layer has computed once.
+    """
+
+    def __init__(
+        self, group: GroupId, holdings: Holdings, config: Config, threads: int, listen: bool = True
+    ) -> None:
+        self.group = group
+        self._incarnation = uuid.uuid4().hex
+        checkpoint = Checkpoint(config.model)
+        self._device = pick_device(config.device)
+        dtype = resolve_dtype(config.dtype, checkpoint.dtype, self._device.type == "cuda")
+        skeleton = build_skeleton(checkpoint, dtype)
+        self.bank = ExpertBank.load(group, WeightMap(checkpoint, skeleton), holdings, dtype, self._device)
+        self._fingerprint, self._dtype = checkpoint.fingerprint, DTYPE_NAMES[dtype]
+        self.host = ExpertHost(self.bank.compute, f"experts-{group}", threads)
+        hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
+        self._warm_up(hidden_size, dtype)
+        self._started_s = time.monotonic()
+        identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
+        self._server = DataPlaneServer(identity, self.host, config.data_plane.bind) if listen else None
+
+    def _warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Runs every expert of every layer once, so that no first request pays for lazy set-up."""
+        for layer, experts in enumerate(self.bank.holdings):
+            count = len(experts)
+            rows = LayerRows(
+                torch.randn(1, hidden_size).to(dtype),
+                torch.zeros(count, dtype=torch.int32),
+                torch.tensor(experts, dtype=torch.int32),
+                torch.ones(count),
+            )
+            self.bank.compute(layer, rows)
+
+    def info(self) -> GroupInfo:
+        """What this group says of itself."""
+        facts = process_facts()
+        return GroupInfo(
+            group=self.group,
+            address=self._server.address if self._server is not None else "",
+            incarnation=self._incarnation,
+            holdings=self.bank.holdings,
+            fingerprint=self._fingerprint,
+            dtype=self._dtype,
+            pid=facts.pid,
+            host=facts.host,
+            device=str(self._device),
+            visible_devices=visible_devices(),
+            expert_bytes=self.bank.num_bytes,
+            rss_bytes=facts.rss_bytes,
+            anonymous_bytes=facts.anonymous_bytes,
+            calls=self.host.calls,
+            progress_age_s=self.host.progress_age_s(),
+        )
+
+    def close(self) -> None:
+        """Ends the server and the compute thread."""
+        if self._server is not None:
+            self._server.close()
+        self.host.close()
+
+
+def visible_devices() -> str:
+    """The accelerators that Ray gave this process. Ray tells them in this variable and nowhere else."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -1,0 +1,26 @@
+"""An expert group's Serve shell: one deployment with one replica in an application of its own, without a route."""
+
+from __future__ import annotations
+
+from cluster.config import Config
+from cluster.core import GroupId, GroupInfo
+from cluster.errors import Unavailable
+from cluster.experts.group import ExpertGroup
+from cluster.placement.planner import Holdings
+
+
+class ExpertsShell:
+    """Deployment ``group`` of the application ``experts-<i>``. Layer calls do not come through here."""
+
+    def __init__(self, group: GroupId, holdings: Holdings, config: Config, threads: int) -> None:
+        self._group = ExpertGroup(group, holdings, config, threads)
+
+    def info(self) -> GroupInfo:
+        """See `ExpertGroup`."""
+        return self._group.info()
+
+    def check_health(self) -> None:
+        """Serve restarts a group whose compute thread makes no progress; a slow one that does is left alone."""
+        age_s = self._group.host.progress_age_s()
+        if age_s > 60:
+            raise Unavailable(f"the compute thread made no progress for {age_s:.0f} s")
