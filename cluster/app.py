@@ -6,7 +6,9 @@ One application ``expertmesh`` holds router and coordinator; every expert group 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import re
@@ -105,9 +107,7 @@ class BuildRouter:
         threads = config.threads or _cores()
         if not self.plan.one_process:
             return Router(config, fetch, threads)
-        groups = {
-            i: ExpertGroup(i, held, config, threads, listen=False) for i, held in enumerate(self.plan.holdings)
-        }
+        groups = {i: ExpertGroup(i, held, config, threads, listen=False) for i, held in enumerate(self.plan.holdings)}
 
         def membership() -> Membership:
             infos = {i: group.info() for i, group in groups.items()}
@@ -135,8 +135,18 @@ class RaySession:
     def __init__(self, config: Config, progress: Progress) -> None:
         self._config, self._progress = config, progress
         self._local = not config.address
+        self._stdout = contextlib.ExitStack()
 
     def __enter__(self) -> RaySession:
+        # Ray prints messages of its daemons to standard output, which belongs to results.
+        self._stdout.enter_context(contextlib.redirect_stdout(_LogStream()))
+        try:
+            return self._enter()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _enter(self) -> RaySession:
         # Read by Ray when its processes start: an upgrade notice to nobody, and 30 s of waiting at shutdown.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
@@ -153,11 +163,7 @@ class RaySession:
         except (ConnectionError, ValueError, RuntimeError) as exc:
             raise Unavailable(f"address: cannot join Ray at {self._config.address!r}: {_one_line(exc)}") from exc
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        try:
-            self._start_serve()
-        except BaseException:
-            self.__exit__()
-            raise
+        self._start_serve()
         return self
 
     def _start_serve(self) -> None:
@@ -173,15 +179,26 @@ class RaySession:
         )
 
     def __exit__(self, *_exc: object) -> None:
-        if not ray.is_initialized():
-            return
-        try:
-            if self._local:
-                serve.shutdown()
-        except (ray.exceptions.RayError, TimeoutError, ConnectionError) as exc:
-            log.warning("Serve did not shut down cleanly: %s", _one_line(exc))
-        finally:
-            ray.shutdown()
+        with self._stdout:
+            if not ray.is_initialized():
+                return
+            try:
+                if self._local:
+                    serve.shutdown()
+            except (ray.exceptions.RayError, TimeoutError, ConnectionError) as exc:
+                log.warning("Serve did not shut down cleanly: %s", _one_line(exc))
+            finally:
+                ray.shutdown()
+
+
+class _LogStream(io.TextIOBase):
+    """A stream whose lines go to the log at level debug."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                log.debug("ray: %s", line.rstrip())
+        return len(text)
 
 
 @dataclass(slots=True)
@@ -222,20 +239,15 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     gpus = _gpus_each(plan)
     deployment = Deployment(plan, config.listen)
     try:
-        if not plan.one_process:
-            names = [group_app(i) for i in range(len(plan.holdings))]
-            progress(f"loading {len(names)} expert groups")
-            deployment.apps = list(names)
-            _run(
-                [
-                    serve.RunTarget(_group(plan, i, gpus), name=name, route_prefix=None)
-                    for i, name in enumerate(names)
-                ]
-            )
-        progress("loading the router")
-        deployment.apps.insert(0, APP)
+        # All at once: the router loads its trunk while the groups load, and waits for them.
+        groups = [] if plan.one_process else [group_app(i) for i in range(len(plan.holdings))]
+        progress(f"loading the router and {len(groups)} expert groups" if groups else "loading the router")
+        deployment.apps = [APP, *groups]
+        targets = [
+            serve.RunTarget(_group(plan, i, gpus), name=name, route_prefix=None) for i, name in enumerate(groups)
+        ]
         route = "/" if config.front_door == "serve" else None
-        _run([serve.RunTarget(_router(plan, gpus), name=APP, route_prefix=route)])
+        _run([*targets, serve.RunTarget(_router(plan, gpus), name=APP, route_prefix=route)])
     except BaseException:
         deployment.remove()
         raise
@@ -263,46 +275,48 @@ def _actor_options(gpus: int) -> dict[str, Any]:
     return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": dict(_SPIN)}}
 
 
+def _deployment(kind: type, **options: Any) -> Any:
+    """``serve.deployment`` with one replica that goes quickly (Serve's typing knows only its use as a decorator)."""
+    make: Any = serve.deployment
+    return make(kind, num_replicas=1, graceful_shutdown_wait_loop_s=0.1, **options)
+
+
 def _group(plan: Plan, group: int, gpus: int) -> serve.Application:
     threads = plan.config.threads or max(1, _cores() // max(1, len(plan.holdings)))
-    deployment = serve.deployment(
+    deployment = _deployment(
         ExpertsShell,
         name="group",
-        num_replicas=1,
         max_ongoing_requests=64,
         ray_actor_options=_actor_options(gpus),
         health_check_period_s=2,
         health_check_timeout_s=10,
-        graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=2,
     )
-    return deployment.bind(group, plan.holdings[group], plan.config, threads)
+    application: serve.Application = deployment.bind(group, plan.holdings[group], plan.config, threads)
+    return application
 
 
 def _router(plan: Plan, gpus: int) -> serve.Application:
     coordinator = None
     if not plan.one_process:
-        coordinator = serve.deployment(
+        coordinator = _deployment(
             CoordinatorShell,
             name="coordinator",
-            num_replicas=1,
             max_ongoing_requests=256,
             ray_actor_options=_actor_options(0),
-            graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=2,
         ).bind(plan.experts_per_layer, list(range(len(plan.holdings))))
-    router = serve.deployment(
+    router = _deployment(
         RouterShell,
         name="router",
-        num_replicas=1,
         max_ongoing_requests=4096,
         ray_actor_options=_actor_options(gpus),
         health_check_period_s=2,
         health_check_timeout_s=10,
-        graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5,
     )
-    return router.bind(BuildRouter(plan), plan.config, coordinator)
+    application: serve.Application = router.bind(BuildRouter(plan), plan.config, coordinator)
+    return application
 
 
 def _run(targets: Sequence[serve.RunTarget]) -> None:

@@ -130,7 +130,7 @@ def _parse(name: str, value: object, kind: type, where: str) -> object:
         if isinstance(value, str) and value.lower() in ("1", "true", "yes", "0", "false", "no"):
             return value.lower() in ("1", "true", "yes")
         raise problem
-    if isinstance(value, bool) or isinstance(value, (dict, list)) or value is None:
+    if value is None or isinstance(value, (bool, dict, list)):
         raise problem
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise problem

@@ -44,7 +44,10 @@ class InvalidArgument(ExpertMeshError):
         if len(shown) > 60:
             shown = shown[:57] + "..."
         super().__init__(f"{field}: got {shown}; {limit}")
-        self.field = field
+        self.field, self._given = field, (field, value, limit)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), self._given  # Ray and Serve pickle errors between processes
 
 
 class ConfigError(ExpertMeshError):
@@ -104,6 +107,9 @@ class MissingExperts(ExpertMeshError):
     def __init__(self, group: int, layer: int, experts: Sequence[int]) -> None:
         super().__init__(f"group {group} does not hold experts {list(experts)} of MoE layer {layer}")
         self.group, self.layer, self.experts = group, layer, tuple(experts)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.group, self.layer, self.experts)
 
 
 class LinkRefused(ExpertMeshError):

@@ -22,7 +22,6 @@ def generate(out: Path) -> None:
         f"--python_out={out}",
         f"--grpc_python_out={out}",
         f"--mypy_out={out}",
-        f"--mypy_grpc_out={out}",
         *protos,
     ]
     if protoc.main(arguments) != 0:

@@ -188,7 +188,9 @@ def _deadline(message: pb.GenerateRequest, limits: ModelLimits, time_left_s: flo
     return Deadline.after(seconds)
 
 
-def to_chunk(events: Sequence[TokenEvent], request: Request, num_generated: int, extra_stages: Sequence[tuple[str, float]]) -> pb.GenerateChunk:
+def to_chunk(
+    events: Sequence[TokenEvent], request: Request, num_generated: int, extra_stages: Sequence[tuple[str, float]]
+) -> pb.GenerateChunk:
     """One chunk of consecutive events; ``num_generated`` tokens came before and with them."""
     chunk = pb.GenerateChunk(text="".join(event.text for event in events), trace_id=request.trace_id)
     for event in events:

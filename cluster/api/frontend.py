@@ -12,13 +12,14 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from opentelemetry import trace
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cluster.api.convert import ModelLimits, check_ids, to_chunk, to_reply, to_request
 from cluster.core import Clock
 from cluster.engine.engine import Engine, TokenEvent
 from cluster.engine.text import Tokenizer
-from cluster.errors import CheckpointError, DeadlineExceeded, InvalidArgument, Unavailable
+from cluster.errors import CheckpointError, DeadlineExceeded, Unavailable
 from cluster.rpc.v1 import control_pb2, inference_pb2
 from cluster.telemetry.ledger import Stage
 
@@ -76,7 +77,11 @@ class Frontend:
         tokenize = ((Stage.TOKENIZE.value, self._clock() - started_s),)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        served.engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None)
+
+        def tell(event: TokenEvent) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        served.engine.submit(request, tell)
         num_generated = 0
         ended = False
         try:
@@ -151,28 +156,4 @@ def trace_id(metadata: Mapping[str, str]) -> str:
     span = trace.get_current_span(context).get_span_context()
     if span.is_valid:
         return trace.format_trace_id(span.trace_id)
-    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-
     return trace.format_trace_id(RandomIdGenerator().generate_trace_id())
-
-
-def utf8_problem(data: bytes, message_type: type) -> InvalidArgument:
-    """Why ``data`` cannot be parsed as ``message_type``: names the text field that is not UTF-8, if there is one."""
-    from google.protobuf import empty_pb2
-    from google.protobuf.message import DecodeError
-    from google.protobuf.unknown_fields import UnknownFieldSet
-
-    name = message_type.DESCRIPTOR.name  # type: ignore[attr-defined]
-    try:
-        fields = UnknownFieldSet(empty_pb2.Empty.FromString(data))
-        known = message_type.DESCRIPTOR.fields_by_number  # type: ignore[attr-defined]
-        for item in fields:
-            field = known.get(item.field_number)
-            if field is not None and isinstance(item.data, bytes):
-                try:
-                    item.data.decode("utf-8")
-                except UnicodeDecodeError as exc:
-                    return InvalidArgument(field.name, item.data[:40], f"must be UTF-8: {exc.reason} at byte {exc.start}")
-    except DecodeError:
-        pass
-    return InvalidArgument(name, f"{len(data)} bytes", "cannot be parsed as this message")

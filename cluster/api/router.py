@@ -57,9 +57,7 @@ class Router:
         self._dtype = DTYPE_NAMES[dtype]
         torch.set_num_threads(threads)
         self.fabric = Fabric(fetch, local_links or self._connect)
-        dispatcher = Dispatcher(
-            self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s
-        )
+        dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
         tokenizer = load_tokenizer(checkpoint.path)
         self.fabric.start()

@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
+from grpc_health.v1 import health_pb2
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
@@ -18,6 +20,7 @@ from cluster.api.status import as_known, grpc_status
 from cluster.config import Config
 from cluster.core import Membership
 from cluster.errors import InternalError, Unavailable
+from cluster.rpc.v1 import control_pb2, inference_pb2
 
 FETCH_TIMEOUT_S = 5.0
 
@@ -27,7 +30,10 @@ BuildRouter = Callable[[Config, Callable[[], Membership]], Router]
 class RouterShell:
     """Deployment ``router`` of the application ``expertmesh``."""
 
-    async def __init__(self, build: BuildRouter, config: Config, coordinator: DeploymentHandle | None) -> None:
+    # Serve awaits constructors.
+    async def __init__(  # type: ignore[misc]
+        self, build: BuildRouter, config: Config, coordinator: DeploymentHandle[Any] | None
+    ) -> None:
         self._coordinator = coordinator
         self._frontend, self._health = Frontend(), Health()
         self._server: ClientServer | None = None
@@ -93,51 +99,48 @@ class RouterShell:
         try:
             return await self._frontend.generate_once(parsed(request), _metadata(grpc_context), None)
         except Exception as exc:  # noqa: BLE001 (as above)
-            return _set_status(grpc_context, exc)
+            _set_status(grpc_context, exc)
+            return inference_pb2.GenerateReply()
 
     async def ModelInfo(self, request: Any, grpc_context: Any) -> Any:
-        return _call(grpc_context, self._frontend.model_info)
+        return _call(grpc_context, inference_pb2.ModelInfoReply, self._frontend.model_info)
 
     async def Tokenize(self, request: Any, grpc_context: Any) -> Any:
-        return _call(grpc_context, lambda: self._frontend.tokenize(parsed(request)))
+        return _call(grpc_context, inference_pb2.TokenizeReply, lambda: self._frontend.tokenize(parsed(request)))
 
     async def Detokenize(self, request: Any, grpc_context: Any) -> Any:
-        return _call(grpc_context, lambda: self._frontend.detokenize(parsed(request)))
+        return _call(grpc_context, inference_pb2.DetokenizeReply, lambda: self._frontend.detokenize(parsed(request)))
 
     async def Status(self, request: Any, grpc_context: Any) -> Any:
-        return _call(grpc_context, self._frontend.status)
+        return _call(grpc_context, control_pb2.StatusReply, self._frontend.status)
 
     async def Check(self, request: Any, grpc_context: Any) -> Any:
-        return await self._health.servicer.Check(request, grpc_context)
+        status = self._health.status(request.service)
+        if status is None:
+            grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
+            return health_pb2.HealthCheckResponse()
+        return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
-        """Serve's context is a copy, so the library's servicer, which writes to the stream itself, cannot be used."""
-        from grpc_health.v1 import health_pb2
-
+        """Serve's context cannot write to the stream, which the library's servicer wants, so states are looked at."""
         last: Any = None
         while True:
-            reply = await self._health.servicer.Check(health_pb2.HealthCheckRequest(service=request.service), _Ignored())
-            if reply != last:
-                last = reply
-                yield reply
+            status = self._health.status(request.service)
+            if status is None:
+                status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            if status != last:
+                last = status
+                yield health_pb2.HealthCheckResponse(status=status)
             await asyncio.sleep(0.2)
 
 
-class _Ignored:
-    """A context whose status is of no interest: an unknown service is SERVICE_UNKNOWN to a watcher, no error."""
-
-    def set_code(self, code: Any) -> None:
-        """Ignored."""
-
-    def set_details(self, details: Any) -> None:
-        """Ignored."""
-
-
-def _call(grpc_context: Any, call: Callable[[], Any]) -> Any:
+def _call(grpc_context: Any, empty: Callable[[], Any], call: Callable[[], Any]) -> Any:
+    """The reply, or a status with an empty one: Serve sends a message in any case."""
     try:
         return call()
     except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
-        return _set_status(grpc_context, exc)
+        _set_status(grpc_context, exc)
+        return empty()
 
 
 def _set_status(grpc_context: Any, error: Exception) -> None:

@@ -24,12 +24,20 @@ class Health:
 
     def __init__(self) -> None:
         self.servicer: Any = health.aio.HealthServicer()
+        self._serving = False
 
     async def set(self, serving: bool) -> None:
         """SERVING or NOT_SERVING."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        self._serving = serving
         for service in ("", INFERENCE):
-            await self.servicer.set(service, status)
+            await self.servicer.set(service, self.status(service))
+
+    def status(self, service: str) -> Any:
+        """Status of a service, None for one that is not known."""
+        if service not in ("", INFERENCE):
+            return None
+        known = health_pb2.HealthCheckResponse
+        return known.SERVING if self._serving else known.NOT_SERVING
 
 
 class ClientServer:
@@ -56,7 +64,9 @@ class ClientServer:
         try:
             bound: int = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as exc:
-            raise ConfigError(f"listen: got {listen!r}; the port is in use or the interface is not this machine's") from exc
+            raise ConfigError(
+                f"listen: got {listen!r}; the port is in use or the interface is not this machine's"
+            ) from exc
         await self._server.start()
         return bound
 

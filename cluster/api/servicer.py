@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf import empty_pb2
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
-from cluster.api.frontend import Frontend, utf8_problem
+from cluster.api.frontend import Frontend
 from cluster.api.status import as_known, grpc_status
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, InvalidArgument
 from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 Reply = TypeVar("Reply")
@@ -80,9 +82,25 @@ def _tolerant(message_type: type[Message]) -> Callable[[bytes], Any]:
         try:
             return message_type.FromString(data)
         except DecodeError:
-            return Unparsed(utf8_problem(data, message_type))
+            return Unparsed(_parse_problem(data, message_type))
 
     return parse
+
+
+def _parse_problem(data: bytes, message_type: type[Message]) -> InvalidArgument:
+    """Why ``data`` cannot be parsed: names the text field that is not UTF-8, if there is one."""
+    try:
+        fields: Any = UnknownFieldSet(empty_pb2.Empty.FromString(data))
+    except DecodeError:
+        fields = ()
+    for item in fields:
+        field = message_type.DESCRIPTOR.fields_by_number.get(item.field_number)
+        if field is not None and isinstance(item.data, bytes):
+            try:
+                item.data.decode("utf-8")
+            except UnicodeDecodeError as exc:
+                return InvalidArgument(field.name, item.data[:40], f"must be UTF-8: {exc.reason} at byte {exc.start}")
+    return InvalidArgument(message_type.DESCRIPTOR.name, f"{len(data)} bytes", "cannot be parsed as this message")
 
 
 def add_inference_servicer(servicer: Any, server: Any) -> None:
@@ -125,11 +143,12 @@ async def _now(call: Callable[[], Reply]) -> Reply:
 async def _answer(context: grpc.aio.ServicerContext[Any, Any], call: Callable[[], Awaitable[Reply]]) -> Reply:
     try:
         return await call()
-    except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
-        return await _abort(context, exc)
+    except Exception as exc:
+        await _abort(context, exc)
+        raise AssertionError("abort returns never") from exc
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> Any:
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     code, details, metadata = grpc_status(as_known(error))

@@ -71,9 +71,7 @@ class Coordinator:
                 elif self._misses[group] >= MISSES and self._infos.pop(group, None) is not None:
                     log.warning("group %d did not answer %d times: no longer a member", group, MISSES)
             before = self._membership
-            table = table_from_groups(
-                self._epoch, before.table.version, self._experts_per_layer, self._infos.values()
-            )
+            table = table_from_groups(self._epoch, before.table.version, self._experts_per_layer, self._infos.values())
             born = {g: i.incarnation for g, i in self._infos.items()}
             if table.owners != before.table.owners or born != {g: i.incarnation for g, i in before.groups.items()}:
                 table = table_from_groups(

@@ -13,7 +13,7 @@ from cluster.core import GroupId, GroupInfo, Membership
 from cluster.errors import Unavailable
 
 ASK_TIMEOUT_S = 2.0
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 _EPOCH_KEY = b"expertmesh:epoch"
 
 

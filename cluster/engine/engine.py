@@ -98,9 +98,7 @@ class Engine:
     ) -> None:
         self._forward, self._tokenizer, self._clock, self._threads = forward, tokenizer, clock, threads
         max_kv_tokens = max(1, config.kv_cache_bytes // max(1, kv_bytes_per_token))
-        self._scheduler = Scheduler(
-            config.max_running, config.max_waiting, config.step_token_budget, max_kv_tokens
-        )
+        self._scheduler = Scheduler(config.max_running, config.max_waiting, config.step_token_budget, max_kv_tokens)
         self._lock = threading.Condition()
         self._live: dict[str, _Live] = {}
         self._by_sequence: dict[Scheduled, _Live] = {}
@@ -215,7 +213,7 @@ class Engine:
                 for row, (live, token) in enumerate(zip(lives, chosen, strict=True))
             ]
             step.ledger.add(Stage.EMIT, self._clock() - emit_s)
-        except Exception as exc:  # noqa: BLE001 (whatever a step raises ends its requests, never the engine)
+        except Exception as exc:
             if isinstance(exc, ExpertMeshError):
                 log.error("step %d failed: %s", step.step_id, exc)
                 error = exc

@@ -63,7 +63,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
         return None
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
-    except Exception as exc:  # noqa: BLE001 (tokenizers raises bare Exceptions)
+    except Exception as exc:
         raise CheckpointError(f"--model: the tokenizer of {str(path)!r} cannot be read: {exc}") from exc
 
 

@@ -127,7 +127,12 @@ def _load_layer(
         tensors = {k: torch.empty((0, *p.shape[1:]), dtype=dtype) for k, p in layer.module.named_parameters()}
     up = "gate_up_proj" if layer.module.has_gate else "up_proj"
     return _LayerBank(
-        layer.module, slot_of_E, tensors[up], tensors.get(f"{up}_bias"), tensors["down_proj"], tensors.get("down_proj_bias")
+        layer.module,
+        slot_of_E,
+        tensors[up],
+        tensors.get(f"{up}_bias"),
+        tensors["down_proj"],
+        tensors.get("down_proj_bias"),
     )
 
 

@@ -1,4 +1,4 @@
-"""One expert group put together: weights, compute thread, and data-plane server. A plain class; its shell is Serve's."""
+"""One expert group put together: weights, compute thread, data-plane server. A plain class; the shell is Serve's."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ class ExpertGroup:
     layer has computed once.
     """
 
-    def __init__(
-        self, group: GroupId, holdings: Holdings, config: Config, threads: int, listen: bool = True
-    ) -> None:
+    def __init__(self, group: GroupId, holdings: Holdings, config: Config, threads: int, listen: bool = True) -> None:
         self.group = group
         self._incarnation = uuid.uuid4().hex
         checkpoint = Checkpoint(config.model)

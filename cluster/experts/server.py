@@ -39,7 +39,9 @@ class Identity:
 class _StreamReply(PendingReply):
     """Puts the answer on the stream's outbox as soon as it is there."""
 
-    def __init__(self, group: GroupId, call: LayerCall, outbox: queue.SimpleQueue[experts_pb2.FromGroup | None]) -> None:
+    def __init__(
+        self, group: GroupId, call: LayerCall, outbox: queue.SimpleQueue[experts_pb2.FromGroup | None]
+    ) -> None:
         super().__init__(group, call)
         self._outbox = outbox
 
@@ -148,7 +150,11 @@ class DataPlaneServer:
     def __init__(self, identity: Identity, handler: CallHandler, bind: str) -> None:
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=MAX_ROUTERS, thread_name_prefix="data-plane"),
-            options=(*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5_000)),
+            options=(
+                *CHANNEL_OPTIONS,
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ),
         )
         experts_pb2_grpc.add_ExpertsServicer_to_server(ExpertsServicer(identity, handler), self._server)
         try:

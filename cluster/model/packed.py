@@ -117,7 +117,7 @@ class PackedBatch:
             chunk.kv.length += len(chunk.ids)
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedCache(Cache):
     """transformers' cache interface over the sequences of one step."""
 
     def __init__(self, batch: PackedBatch) -> None:

@@ -69,7 +69,9 @@ def train_tokenizer(texts: dict[str, str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text[i : i + 10000] for text in texts.values() for i in range(0, len(text), 10000)), trainer)
+    tokenizer.train_from_iterator(
+        (text[i : i + 10000] for text in texts.values() for i in range(0, len(text), 10000)), trainer
+    )
     return tokenizer
 
 

@@ -166,9 +166,7 @@ class Dispatcher:
 
     # -- waiting and trying again ----------------------------------------------------------------------------------
 
-    def _await(
-        self, step: StepContext, layer: int, part: _Part, waiting: Deadline, patience: Deadline
-    ) -> LayerReply:
+    def _await(self, step: StepContext, layer: int, part: _Part, waiting: Deadline, patience: Deadline) -> LayerReply:
         """The part's reply, from its group or, when that fails, from whoever the newest table names."""
         error = part.error
         if part.pending is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.core import Clock, Deadline, GroupId, GroupInfo, Membership, PlacementTable
-from cluster.errors import ExpertMeshError, LinkBroken
+from cluster.errors import ExpertMeshError, LinkBroken, Unavailable
 from cluster.transport.base import Transport
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ FetchMembership = Callable[[], Membership]
 Connect = Callable[[GroupInfo, Deadline], Transport]
 CONNECT_TIMEOUT_S = 5.0
 REFRESH_PERIOD_S = 1.0
+RETRY_S = 0.2
+START_TIMEOUT_S = 300.0
 
 
 class Fabric:
@@ -43,15 +45,25 @@ class Fabric:
 
     # -- following the coordinator ---------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Fetches the first table, makes all links, then follows the coordinator in the background.
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Waits for a table and for a link to each of its groups, then follows the coordinator in the background.
 
         Raises:
-            ExpertMeshError: a group cannot be reached or refuses the link.
+            LinkRefused: a group refuses this router.
+            Unavailable: coordinator or groups did not answer within ``timeout_s``.
         """
-        self.refresh()
-        for group in self._membership.groups:
-            self.link(group)
+        deadline = Deadline.after(timeout_s, self._clock)
+        while True:
+            try:
+                self.refresh()
+                for group in self._membership.groups:
+                    self.link(group)
+                break
+            except Unavailable as exc:
+                if deadline.expired():
+                    raise
+                log.info("waiting for the groups: %s", exc)
+                self._stop.wait(RETRY_S)
         self._thread = threading.Thread(target=self._follow, name="fabric", daemon=True)
         self._thread.start()
 
@@ -61,7 +73,9 @@ class Fabric:
         with self._lock:
             self._progress_s = self._clock()
             if membership.table.order < self._membership.table.order:
-                log.warning("placement table %s is older than %s: ignored", membership.table.order, self._membership.table.order)
+                log.warning(
+                    "placement table %s is older than %s: ignored", membership.table.order, self._membership.table.order
+                )
                 return
             if membership.table != self._membership.table:
                 # A plain loop over the table once per version; the dispatcher then only indexes tensors.

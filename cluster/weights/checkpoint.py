@@ -94,13 +94,14 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, OSError, TypeError, AttributeError) as exc:
-            known = " ".join(str(exc).split())[:200]
+            reason = " ".join(str(exc).split())[:200]
             raise UnsupportedModel(
-                f"--model: transformers cannot read the config of model_type {self.config_dict['model_type']!r}: {known}"
+                f"--model: transformers cannot read the config of model_type {self.arch!r}: {reason}"
             ) from exc
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # weights are dequantised by this reader
-        return config
+        known_config: PretrainedConfig = config
+        return known_config
 
     def _index(self) -> dict[str, TensorEntry]:
         index_file = self.path / "model.safetensors.index.json"
@@ -168,7 +169,9 @@ class Checkpoint:
         """Names of all tensors that are no scale of another."""
         if self.fp8_block is None:
             return list(self.tensors)
-        return [n for n in self.tensors if not (n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) in self.tensors)]
+        return [
+            n for n in self.tensors if not (n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) in self.tensors)
+        ]
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that the tensor takes on disk."""

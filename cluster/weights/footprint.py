@@ -31,7 +31,11 @@ class Footprint:
 
 
 def footprints(
-    weights: WeightMap, holdings: Sequence[Sequence[Sequence[int]]], dtype: torch.dtype, cache_bytes: int, one_process: bool
+    weights: WeightMap,
+    holdings: Sequence[Sequence[Sequence[int]]],
+    dtype: torch.dtype,
+    cache_bytes: int,
+    one_process: bool,
 ) -> list[Footprint]:
     """The router's first, then one a group; all in one where the groups live in the router's process."""
     layers = weights.skeleton.moe_layers
@@ -68,7 +72,8 @@ def check_fits(processes: Sequence[Footprint], available: int, where: str) -> No
     if needed <= available:
         return
     lines = ", ".join(
-        f"{p.name} {gib(p.weights)} weights" + (f" + {gib(p.cache)} key-value cache" if p.cache else "") for p in processes
+        f"{p.name} {gib(p.weights)} weights" + (f" + {gib(p.cache)} key-value cache" if p.cache else "")
+        for p in processes
     )
     raise ConfigError(
         f"the model does not fit {where}: {gib(needed)} needed, {gib(available)} available ({lines}, and "

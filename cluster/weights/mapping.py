@@ -65,7 +65,9 @@ class WeightMap:
             source = sources.setdefault(target, _Source(converter))
             source.names[pattern or name].append(name)
         if ignored:
-            log.info("%d tensors belong to no parameter of %s, such as %s", len(ignored), self.checkpoint.arch, ignored[0])
+            log.info(
+                "%d tensors belong to no parameter of %s, such as %s", len(ignored), self.checkpoint.arch, ignored[0]
+            )
         return sources
 
     # -- trunk ---------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ class WeightMap:
 
     def trunk_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the trunk in ``dtype``."""
-        return sum(self._state[name].numel() for name in self.trunk_names()) * dtype.itemsize
+        return int(sum(self._state[name].numel() for name in self.trunk_names()) * dtype.itemsize)
 
     def read_trunk(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Every trunk parameter by name, in ``dtype`` or, where the model asks for it, in fp32."""
@@ -95,9 +97,8 @@ class WeightMap:
             raise missing_message(self.checkpoint, missing)
         for name, tensor in loaded.items():
             if name in self._state and tuple(tensor.shape) != tuple(self._state[name].shape):
-                raise CheckpointError(
-                    f"--model: {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(self._state[name].shape)}"
-                )
+                expected = tuple(self._state[name].shape)
+                raise CheckpointError(f"--model: {name!r} has shape {tuple(tensor.shape)}, the config says {expected}")
         return loaded
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -113,7 +114,7 @@ class WeightMap:
     def expert_bytes(self, layer: MoeLayer, dtype: torch.dtype) -> int:
         """Bytes of one expert of the layer in ``dtype``."""
         elements = sum(parameter.numel() for parameter in layer.module.parameters())
-        return elements // layer.num_experts * dtype.itemsize
+        return int(elements // layer.num_experts * dtype.itemsize)
 
     def read_experts(self, layer: MoeLayer, experts: Sequence[int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Parameters of the layer's experts module (``gate_up_proj``, ...), first dimension ``len(experts)``.
@@ -150,8 +151,8 @@ class WeightMap:
                 if "*" in pattern:
                     if len(names) != layer.num_experts:
                         raise CheckpointError(
-                            f"--model: layer {layer.prefix!r} has {len(names)} tensors like {names[0]!r}, the config says "
-                            f"{layer.num_experts} experts"
+                            f"--model: layer {layer.prefix!r} has {len(names)} tensors like {names[0]!r}, "
+                            f"the config says {layer.num_experts} experts"
                         )
                     names = [names[expert] for expert in experts]
                 else:

@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from cluster.errors import CheckpointError, UnsupportedModel
 from cluster.weights.checkpoint import Checkpoint
 
-EXPERT_PARAMETERS = frozenset({"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"})
+EXPERT_PARAMETERS = frozenset(
+    {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ def build_skeleton(
                 config, dtype=dtype, attn_implementation=attention, experts_implementation=experts
             )
     except (ValueError, KeyError, AttributeError, NotImplementedError, ImportError) as exc:
-        raise UnsupportedModel(f"--model: {arch}: transformers cannot build it: {' '.join(str(exc).split())[:200]}") from exc
+        raise UnsupportedModel(
+            f"--model: {arch}: transformers cannot build it: {' '.join(str(exc).split())[:200]}"
+        ) from exc
     model.eval()
     modules = [
         (name, module)

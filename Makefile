@@ -1,0 +1,66 @@
+# The same commands for people and CI. Everything that is needed is installed into .venv by `make setup`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_OPTIONS ?= --quiet --disable-pip-version-check
+
+.PHONY: help setup setup-demo demo test test-unit test-integration test-e2e test-all lint protos model clean
+
+help:
+	@echo "make demo      serve the embedded model, ask it, show where the time went, stop everything"
+	@echo "make test      lint, unit, integration and end-to-end tests (what CI runs)"
+	@echo "make test-all  the full matrices too (architectures x groups x layouts; about 25 minutes)"
+	@echo "make lint      ruff, mypy --strict, import-linter"
+	@echo "make protos    generate cluster/rpc from protos/"
+	@echo "make model     train the embedded model again (Debian's bible-kjv is needed; about an hour)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another with PYTHON=...") if sys.version_info < (3, 11) else None'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing ExpertMesh and its libraries into $(VENV) (a minute or two; torch is large)"
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing development tools"
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup-demo: $(VENV)/.installed
+setup: $(VENV)/.installed-dev
+
+demo: setup-demo
+	@exec $(BIN)/expertmesh demo
+
+test: setup lint
+	@$(BIN)/python -m pytest -m "not full" tests
+
+test-unit: setup
+	@$(BIN)/python -m pytest tests/unit
+
+test-integration: setup
+	@$(BIN)/python -m pytest -m "not full" tests/integration
+
+test-e2e: setup
+	@$(BIN)/python -m pytest -m "not full" tests/e2e
+
+test-all: setup lint
+	@$(BIN)/python -m pytest tests
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+protos: setup
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/protos.py
+
+model: setup-demo
+	@$(BIN)/python -m cluster.models.train --out build/embedded
+
+clean:
+	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,90 @@
+"""The command line. Exit status: 0 done, 1 a check failed or the server answered with an error, 2 something given is
+wrong. The commands are in `cluster.commands`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster import __version__
+from cluster.commands import demo, generate, serve, status, verify, zoo
+from cluster.commands.common import Stopped, stderr, stdout
+from cluster.errors import CheckpointError, ConfigError, ExpertMeshError, InvalidArgument
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Serves mixture-of-experts language models with their experts spread over a Ray cluster, exactly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+zoo_app = typer.Typer(help="Random-weight checkpoints of every architecture that is tested.", no_args_is_help=True)
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"  [bold]{line}[/bold]" for line in lines)
+
+
+app.command(epilog=_examples("expertmesh serve", "expertmesh serve --model ./mixtral --groups 4"))(serve.serve)
+app.command(epilog=_examples("expertmesh stop", "expertmesh stop --server 127.0.0.1:9000"))(serve.stop)
+app.command(epilog=_examples('expertmesh generate "To be, or" --stream', "expertmesh generate --ids 5,6,7 --json"))(
+    generate.generate
+)
+app.command(epilog=_examples("expertmesh status", "expertmesh status --json"))(status.status)
+app.command(
+    epilog=_examples(
+        "expertmesh verify", "expertmesh verify --model ./mixtral --groups 1 --groups 2 --transport grpc --json"
+    )
+)(verify.verify)
+app.command(epilog=_examples("expertmesh demo", 'expertmesh demo --prompt "And God said"'))(demo.demo)
+zoo_app.command("list")(zoo.zoo_list)
+zoo_app.command("make", epilog=_examples("expertmesh zoo make --arch mixtral --out /tmp/mixtral"))(zoo.zoo_make)
+app.add_typer(zoo_app, name="zoo")
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log to standard error.")] = False,
+) -> None:
+    """Options of all commands."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    if version:
+        stdout.print(f"expertmesh {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit status."""
+    try:
+        app(standalone_mode=False)
+    except (Stopped, KeyboardInterrupt):
+        stderr.print("stopped")
+        sys.exit(130)
+    except typer.Exit as exc:
+        sys.exit(exc.exit_code)
+    except (ConfigError, InvalidArgument, CheckpointError) as exc:
+        stderr.print(f"error: {exc}", markup=False)
+        sys.exit(2)
+    except ExpertMeshError as exc:
+        stderr.print(f"error: {exc}", markup=False)
+        sys.exit(2 if exc.code == "INVALID_ARGUMENT" else 1)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as exc:
+        shown = getattr(exc, "format_message", None)
+        if shown is None:
+            raise
+        stderr.print(f"error: {shown()}", markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

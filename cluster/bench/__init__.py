@@ -1,0 +1,1 @@
+"""What shows the promises: verification against transformers, and the demonstration."""

@@ -1,0 +1,57 @@
+"""The oracle: plain single-process transformers on the same checkpoint. Uses nothing of the serving path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+
+class Reference:
+    """A model loaded the way its users load it, in ``dtype``."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" in config:
+            self._model = _dequantized(path, dtype)
+        else:
+            self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        self._model.eval()
+        self.arch = str(config["model_type"])
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+        """fp32 [len(continuation), V]: the logits that each token of the continuation was chosen from."""
+        ids = torch.tensor([prompt + continuation[:-1]])
+        output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
+        return output
+
+
+def _dequantized(path: Path, dtype: torch.dtype) -> Any:
+    """A block-scaled fp8 checkpoint multiplied out here, on purpose not by the reader that it is the oracle of."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    rows, columns = config.quantization_config["weight_block_size"]
+    del config.quantization_config
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        stored.update(load_file(file))
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        if name.endswith("_scale_inv"):
+            continue
+        scale = stored.get(f"{name}_scale_inv")
+        if scale is not None:
+            tensor = tensor.float()
+            for row in range(0, tensor.shape[-2], rows):
+                for column in range(0, tensor.shape[-1], columns):
+                    factor = scale[..., row // rows, column // columns]
+                    tensor[..., row : row + rows, column : column + columns] *= factor[..., None, None]
+        state[name] = tensor
+    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""`expertmesh serve` and `expertmesh stop`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.commands.common import ConfigFile, Json, emit, reporting, stderr, stopping
+from cluster.config import load_config
+from cluster.errors import ConfigError
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory; the embedded model by default.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Expert groups; 0 keeps all experts in the router.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; a local one is started by default.")] = None,
+    config: ConfigFile = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT for clients.")] = None,
+    front_door: Annotated[str | None, typer.Option(help="router: its own gRPC server; serve: Ray Serve's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, grpc or inproc.")] = None,
+    verify: Annotated[bool | None, typer.Option("--verify", help="Let clients ask for full logits.")] = None,
+) -> None:
+    """Serve a model until Ctrl-C or SIGTERM, which let running requests finish."""
+    flags = {
+        "model": model,
+        "groups": groups,
+        "address": address,
+        "listen": listen,
+        "front_door": front_door,
+        "dtype": dtype,
+        "device": device,
+        "verify": verify,
+        "data_plane": {"transport": transport},
+    }
+    settings = load_config(config, flags)
+    from cluster import app as composition
+    from cluster.api import instances
+
+    composition.check_port(settings.listen)
+    with stopping() as stop, reporting() as progress:
+        progress(f"checking {settings.model}")
+        plan = composition.make_plan(settings)
+        with composition.RaySession(settings, progress):
+            stop.arm()  # Ray has put its own handlers in place
+            deployment = composition.deploy(plan, progress)
+            file = instances.announce(deployment.address)
+            try:
+                progress(f"serving {Path(settings.model).name} on {deployment.address}; Ctrl-C stops")
+                stop.wait()
+                progress(f"draining: running requests have {settings.drain_s:g} s")
+                left = deployment.drain(settings.drain_s)
+                if left > 0:
+                    progress(f"{left} requests did not finish in time")
+            finally:
+                progress("stopping")
+                deployment.remove()
+                file.unlink(missing_ok=True)
+
+
+def stop(
+    server: Annotated[str | None, typer.Option("--server", help="Only the server on this HOST:PORT.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to drain and end.")] = 90.0,
+    as_json: Json = False,
+) -> None:
+    """Stop servers that `serve` started on this machine: drain, then end."""
+    from cluster.api import instances
+
+    targets = [item for item in instances.running() if server is None or item.address == server]
+    if not targets:
+        raise ConfigError("no server runs on this machine" + (f" at {server}" if server else ""))
+    for item in targets:
+        os.kill(item.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while any(item.alive() for item in targets) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stuck = [item for item in targets if item.alive()]
+    for item in targets:
+        stderr.print(f"{item.address}: {'still draining' if item in stuck else 'stopped'} (pid {item.pid})")
+    if as_json:
+        emit({"stopped": [i.address for i in targets if i not in stuck], "running": [i.address for i in stuck]})
+    if stuck:
+        raise typer.Exit(1)

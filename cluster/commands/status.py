@@ -1,0 +1,85 @@
+"""`expertmesh status`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from cluster.commands.common import DEFAULT_SERVER, Json, Server, emit, stdout
+
+if TYPE_CHECKING:
+    from cluster.rpc.v1 import control_pb2
+
+
+def status(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Show groups, experts, memory, placement table and engine of a running server."""
+    from google.protobuf.json_format import MessageToDict
+
+    from cluster.api.client import Client
+
+    with Client(server, timeout_s=10) as client:
+        reply = client.status()
+    if as_json:
+        result = MessageToDict(reply, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        emit(_numbers(result))
+        return
+    _status_table(reply)
+
+
+def _numbers(value: Any) -> Any:
+    """64-bit integers, which protobuf writes as JSON strings, as numbers again."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) if key not in _TEXT_KEYS else item for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+_TEXT_KEYS = frozenset({"incarnation", "host", "visible_devices", "model", "address", "uncovered_experts", "arch"})
+
+
+def _status_table(reply: control_pb2.StatusReply) -> None:
+    mib = 1024**2
+    stdout.print(
+        f"[bold]{reply.state}[/bold]  {reply.model} ({reply.arch}, {reply.dtype})  "
+        f"table {reply.table_epoch}.{reply.table_version}  up {reply.uptime_s:.0f} s"
+    )
+    if reply.uncovered_experts:
+        stdout.print(f"[red]{len(reply.uncovered_experts)} experts without a living copy[/red]")
+    table = Table(
+        "process", "pid", "device", "transport", "experts a layer", "weights MiB", "resident MiB", "calls", "health"
+    )
+    router = reply.router
+    table.add_row(
+        "router",
+        str(router.pid),
+        router.device + (f" [{router.visible_devices}]" if router.visible_devices else ""),
+        "",
+        "",
+        f"{reply.trunk_bytes / mib:.1f}",
+        f"{router.rss_bytes / mib:.0f}",
+        "",
+        reply.state,
+    )
+    for group in reply.groups:
+        counts = [len(layer.experts) for layer in group.holdings]
+        spread = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
+        table.add_row(
+            f"group {group.group}",
+            str(group.process.pid),
+            group.process.device + (f" [{group.process.visible_devices}]" if group.process.visible_devices else ""),
+            group.transport,
+            f"{spread} x {len(counts)} layers",
+            f"{group.expert_bytes / mib:.1f}",
+            f"{group.process.rss_bytes / mib:.0f}",
+            str(group.calls),
+            "healthy" if group.healthy else "[red]link down[/red]",
+        )
+    stdout.print(table)
+    engine = reply.engine
+    stdout.print(
+        f"engine: {engine.running} running, {engine.waiting} waiting, {engine.finished} finished, {engine.cancelled} "
+        f"cancelled, {engine.failed} failed; {engine.steps} steps, largest batch {engine.max_batch}; "
+        f"key-value cache {engine.kv_used_bytes / mib:.1f} of {engine.kv_limit_bytes / mib:.0f} MiB"
+    )

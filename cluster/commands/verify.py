@@ -1,0 +1,116 @@
+"""`expertmesh verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cluster.commands.common import DEFAULT_SERVER, Json, emit, reporting, stdout, stopping
+from cluster.config import EMBEDDED_MODEL, Config, load_config
+
+
+def verify(
+    model: Annotated[list[str] | None, typer.Option(help="Checkpoint directory; repeatable.")] = None,
+    groups: Annotated[list[int] | None, typer.Option(help="Expert groups; repeatable.")] = None,
+    transport: Annotated[str, typer.Option(help="auto, grpc or inproc.")] = "grpc",
+    prompts: Annotated[int, typer.Option(help="Random prompts of 8 to 96 tokens.")] = 8,
+    tokens: Annotated[int, typer.Option(help="New tokens a prompt.")] = 32,
+    in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 4,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts; a fresh one by default.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Compare with this checkpoint instead of the served one.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="Ray cluster to join; a local one is started by default.")] = "",
+    front_door: Annotated[str, typer.Option(help="router or serve.")] = "router",
+    as_json: Json = False,
+) -> None:
+    """Serve models and compare every token and logit with plain single-process transformers, in fp32.
+
+    Exit status 0 only if no token differs, the largest difference of logits is at most 1e-4 of their standard
+    deviation, near ties are at most 0.5 %, and requests in flight together really shared steps.
+    """
+    import torch
+
+    from cluster import app as composition
+    from cluster.bench import verify as checks
+    from cluster.bench.reference import Reference
+
+    load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed)
+    listen = "127.0.0.1:0" if front_door == "router" else DEFAULT_SERVER
+    flags = {"dtype": "fp32", "verify": True, "front_door": front_door, "listen": listen, "address": address}
+    base = load_config(flags={**flags, "data_plane": {"transport": transport}})
+    models = model or [str(EMBEDDED_MODEL)]
+    plans = [composition.make_plan(_with(base, path, count)) for path in models for count in (groups or [2])]
+    reference_path = Path(reference) if reference else None
+    if reference_path is not None:
+        composition.make_plan(_with(base, str(reference_path), 0))  # refuses what is no checkpoint
+    runs: list[dict[str, Any]] = []
+    with stopping() as stop, reporting() as progress, composition.RaySession(base, progress):
+        stop.arm()
+        oracles: dict[Path, Reference] = {}
+        for number, plan in enumerate(plans, 1):
+            progress(
+                f"[{number}/{len(plans)}] {plan.config.model}, {plan.config.groups} groups over {transport}".replace(
+                    "[", "\\["
+                )
+            )
+            deployment = composition.deploy(plan, progress)
+            try:
+                answers, max_batch = checks.ask(deployment.address, load, progress)
+            finally:
+                deployment.remove()
+            path = reference_path or Path(plan.config.model)
+            if path not in oracles:
+                oracles = {path: Reference(path, torch.float32)}  # one at a time in memory
+            progress("computing the reference")
+            report: dict[str, Any] = {
+                "arch": oracles[path].arch,
+                "model": plan.config.model,
+                "groups": plan.config.groups,
+                "transport": transport,
+                "prompts": load.prompts,
+                "in_flight": load.in_flight,
+                "seed": load.seed,
+                **checks.compare(oracles[path], answers, load.tokens),
+                "max_batch": max_batch,
+            }
+            report["problems"] = checks.problems(report, load)
+            report["ok"] = not report["problems"]
+            runs.append(report)
+            verdict = "exact" if report["ok"] else "NOT EXACT: " + "; ".join(report["problems"])
+            progress(verdict)
+    result = checks.summary(runs)
+    if as_json:
+        emit(result)
+    else:
+        _verify_table(runs)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def _with(base: Config, model: str, groups: int) -> Config:
+    return dataclasses.replace(base, model=model, groups=groups)
+
+
+def _verify_table(runs: list[dict[str, Any]]) -> None:
+    table = Table(
+        "arch", "groups", "tokens", "different", "logit difference / std", "near ties", "largest batch", "verdict"
+    )
+    for run in runs:
+        ratio = run["max_abs_logit_diff"] / run["logit_std"] if run["logit_std"] else float("nan")
+        table.add_row(
+            run["arch"],
+            str(run["groups"]),
+            str(run["tokens_compared"]),
+            str(run["mismatched_tokens"]),
+            f"{ratio:.1e}",
+            str(run["near_ties"]),
+            str(run["max_batch"]),
+            "exact" if run["ok"] else "[red]not exact[/red]",
+        )
+    stdout.print(table)
