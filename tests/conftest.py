@@ -1,0 +1,29 @@
+"""Fixtures of all tests: tiny checkpoints, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from cluster.weights.zoo import make_model
+
+transformers_logging.disable_progress_bar()
+
+MakeTiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
+    """``tiny(arch, layout="per-expert", seed=1)``: path of a checkpoint without tokenizer."""
+    root = tmp_path_factory.mktemp("zoo")
+
+    def make(arch: str, layout: str = "per-expert", seed: int = 1) -> Path:
+        path = root / f"{arch}-{layout}-{seed}"
+        if not path.exists():
+            make_model(arch, "tiny", seed, path, layout, progress=lambda _message: None)
+        return path
+
+    return make

@@ -1,0 +1,99 @@
+"""The trunk over a packed, ragged, chunked batch gives the oracle's logits; a planted error does not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.api.router import Router
+from cluster.model.packed import Chunk, SequenceKv
+from cluster.routing.dispatcher import StepContext
+from cluster.weights.zoo import WINDOW, architectures
+from tests.conftest import MakeTiny
+from tests.systems import in_process_router
+
+PROMPT_LENGTHS = (9, 3 * WINDOW + 5, 30)
+NEW = 12
+
+
+def serve_ragged(router: Router, prompts: list[list[int]], chunk: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Greedy tokens and logits when sequences join one step after another and prompts go in pieces."""
+    kvs = [SequenceKv() for _ in prompts]
+    pending = [list(prompt) for prompt in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for step in range(1000):
+        chunks, members = [], []
+        for number in range(len(prompts)):
+            if step < number or len(tokens[number]) == NEW:
+                continue
+            piece, pending[number] = pending[number][:chunk], pending[number][chunk:]
+            chunks.append(Chunk(piece, kvs[number]))
+            members.append(number)
+        if not chunks:
+            return tokens, [torch.stack(rows) for rows in logits]
+        result = router._trunk.forward(chunks, StepContext(step))
+        for row, number in enumerate(members):
+            if not pending[number]:
+                token = int(result[row].argmax())
+                tokens[number].append(token)
+                logits[number].append(result[row])
+                pending[number] = [token]
+    raise AssertionError("did not end")
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(arch: str, tiny: MakeTiny) -> None:
+    path = tiny(arch, seed=random.randrange(10_000))
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = [[random.randrange(512) for _ in range(length)] for length in PROMPT_LENGTHS]
+    with in_process_router(path, num_groups=3) as router:
+        tokens, logits = serve_ragged(router, prompts, chunk=17)
+    for prompt, chosen, got in zip(prompts, tokens, logits, strict=True):
+        with torch.inference_mode():
+            wanted = oracle(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :]
+        assert wanted.argmax(-1).tolist() == chosen
+        assert (wanted - got).abs().max() <= 1e-4 * wanted.std()
+
+
+def logits_of(path: Path, state: dict[str, torch.Tensor] | None = None, **config: object) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **config).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.randint(0, 512, (4, 64))).logits
+    return logits
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_every_expert_gate_and_window_of_the_zoo_changes_the_output(arch: str, tiny: MakeTiny) -> None:
+    path = tiny(arch)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    right = logits_of(path)
+    limit = 1e-3 * float(right.std())
+
+    def differs(changed: dict[str, torch.Tensor]) -> bool:
+        return float((logits_of(path, changed) - right).abs().max()) > limit
+
+    def with_change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**state, name: tensor}
+
+    downs = [name for name in state if name.endswith("experts.down_proj")]
+    assert downs
+    for name in downs:
+        for expert in range(state[name].shape[0]):
+            zeroed = state[name].clone()
+            zeroed[expert] = 0
+            assert differs(with_change(name, zeroed)), f"{name}[{expert}] does nothing"
+    for name in [n for n in state if n.endswith(("mlp.gate.weight", "router.weight"))]:
+        swapped = state[name][[1, 0, *range(2, state[name].shape[0])]]
+        assert differs(with_change(name, swapped)), f"swapped rows of {name} do nothing"
+    if getattr(model.config, "sliding_window", None):
+        other = logits_of(path, sliding_window=WINDOW - 1)
+        assert float((other - right).abs().max()) > limit, "the window does nothing"

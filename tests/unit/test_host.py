@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from cluster.core import Deadline, LayerCall, Priority
+from cluster.errors import DeadlineExceeded, InternalError, Overloaded
+from cluster.experts.host import ExpertHost
+from cluster.transport.base import LayerRows, PendingReply
+
+SOON = 10.0
+
+
+def rows(tag: float = 0.0) -> LayerRows:
+    return LayerRows(torch.full((1, 4), tag), torch.zeros(1).int(), torch.zeros(1).int(), torch.ones(1))
+
+
+class Gate:
+    """A compute function that waits until it is opened, and notes the order of calls."""
+
+    def __init__(self) -> None:
+        self.entered, self.open, self.order = threading.Event(), threading.Event(), []
+
+    def __call__(self, layer: int, given: LayerRows) -> torch.Tensor:
+        self.order.append(float(given.hidden_TH[0, 0]))
+        self.entered.set()
+        assert self.open.wait(SOON)
+        if layer == 9:
+            raise ValueError("boom")
+        return given.hidden_TH + 1
+
+
+def submit(host: ExpertHost, tag: float, priority: Priority = Priority.DECODE, **fields: int) -> PendingReply:
+    call = LayerCall(int(tag), 1, fields.pop("layer", 0), 1, 1, priority, **fields)
+    pending = PendingReply(0, call)
+    host.submit(call, rows(tag), pending)
+    return pending
+
+
+def test_decode_goes_before_prefill_and_order_is_kept_within_each() -> None:
+    gate = Gate()
+    host = ExpertHost(gate)
+    first = submit(host, 0)
+    assert gate.entered.wait(SOON)
+    waiting = [submit(host, tag, Priority.PREFILL) for tag in (1, 2)] + [submit(host, tag) for tag in (3, 4)]
+    gate.open.set()
+    for pending in [first, *waiting]:
+        pending.wait(Deadline.after(SOON))
+    assert gate.order == [0, 3, 4, 1, 2]
+    assert host.calls == 5
+    host.close()
+
+
+def test_a_full_queue_a_cancelled_call_a_late_call_and_a_failure_all_get_typed_answers() -> None:
+    gate = Gate()
+    clock = [0.0]
+    host = ExpertHost(gate, max_queued_bytes=40, clock=lambda: clock[0])
+    running = submit(host, 0)
+    assert gate.entered.wait(SOON)
+    late, cancelled = submit(host, 1, timeout_ms=5), submit(host, 2)
+    with pytest.raises(Overloaded):
+        submit(host, 3).wait(Deadline.after(SOON))
+    host.cancel(cancelled)
+    clock[0] = 1.0
+    gate.open.set()
+    assert float(running.wait(Deadline.after(SOON)).partial_TH[0, 0]) == 1
+    with pytest.raises(DeadlineExceeded, match="5 ms"):
+        late.wait(Deadline.after(SOON))
+    with pytest.raises(InternalError, match="ValueError"):
+        submit(host, 5, layer=9).wait(Deadline.after(SOON))
+    assert 2 not in gate.order
+    assert 1 not in gate.order
+    assert submit(host, 6).wait(Deadline.after(SOON)), "the thread goes on after a failure"
+    host.close()
+    with pytest.raises(InternalError, match="shutting down"):
+        submit(host, 7).wait(Deadline.after(SOON))
+
+
+def test_progress_age_grows_only_while_calls_wait() -> None:
+    gate = Gate()
+    clock = [0.0]
+    host = ExpertHost(gate, clock=lambda: clock[0])
+    submit(host, 0)
+    assert gate.entered.wait(SOON)
+    clock[0] = 5.0
+    assert host.progress_age_s() == 0.0
+    last = submit(host, 1)
+    assert host.progress_age_s() >= 5.0
+    gate.open.set()
+    last.wait(Deadline.after(SOON))
+    assert host.progress_age_s() == 0.0
+    host.close()
