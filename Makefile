@@ -57,7 +57,7 @@ lint: setup
 	@$(BIN)/lint-imports
 
 protos: setup
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/protos.py
+	@$(BIN)/python tests/protos.py
 
 model: setup-demo
 	@$(BIN)/python -m cluster.models.train --out build/embedded

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from cluster.api.router import Router
 from cluster.config import Config, load_config
 from cluster.core import Deadline, GroupInfo, Membership
@@ -17,8 +19,6 @@ from cluster.transport.inproc import InprocTransport
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
-
-import torch
 
 SpoilLink = Callable[[Transport], Transport]
 
@@ -44,7 +44,8 @@ def in_process_router(
     config = config_for(path, verify=True, **flags)
     per_layer = experts_per_layer(path)
     groups = {
-        i: ExpertGroup(i, held, config, threads=1, listen=False) for i, held in enumerate(plan_blocks(per_layer, num_groups))
+        i: ExpertGroup(i, held, config, threads=1, listen=False)
+        for i, held in enumerate(plan_blocks(per_layer, num_groups))
     }
 
     def membership() -> Membership:

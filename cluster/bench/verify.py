@@ -20,7 +20,7 @@ import torch
 from cluster.api.client import Client
 from cluster.bench.reference import Reference
 from cluster.errors import InvalidArgument
-from cluster.rpc.v1 import inference_pb2
+from cluster.rpc.v1 import control_pb2, inference_pb2
 
 MIN_PROMPT, MAX_PROMPT = 8, 96
 LOGIT_LIMIT = 1e-4
@@ -54,8 +54,8 @@ class Answer:
     logits_NV: torch.Tensor
 
 
-def ask(address: str, load: Load, progress: Callable[[str], None]) -> tuple[list[Answer], int]:
-    """The served answers, and the largest batch that a step had."""
+def ask(address: str, load: Load, progress: Callable[[str], None]) -> tuple[list[Answer], control_pb2.StatusReply]:
+    """The served answers, and the system's status after them."""
     with Client(address) as client:
         info = client.model_info()
         longest = min(MAX_PROMPT, info.context_length - load.tokens)
@@ -72,7 +72,7 @@ def ask(address: str, load: Load, progress: Callable[[str], None]) -> tuple[list
         with ThreadPoolExecutor(load.in_flight) as pool:
             answers = list(pool.map(lambda prompt: _ask_one(client, prompt, load.tokens), prompts))
         progress(f"served {load.prompts} x {load.tokens} tokens in {time.monotonic() - started_s:.1f} s")
-        return answers, int(client.status().engine.max_batch)
+        return answers, client.status()
 
 
 def _ask_one(client: Client, prompt: list[int], num_tokens: int) -> Answer:

@@ -61,7 +61,7 @@ def verify(
             )
             deployment = composition.deploy(plan, progress)
             try:
-                answers, max_batch = checks.ask(deployment.address, load, progress)
+                answers, status = checks.ask(deployment.address, load, progress)
             finally:
                 deployment.remove()
             path = reference_path or Path(plan.config.model)
@@ -77,7 +77,8 @@ def verify(
                 "in_flight": load.in_flight,
                 "seed": load.seed,
                 **checks.compare(oracles[path], answers, load.tokens),
-                "max_batch": max_batch,
+                "max_batch": status.engine.max_batch,
+                "visible_devices": [p.visible_devices for p in (status.router, *(g.process for g in status.groups))],
             }
             report["problems"] = checks.problems(report, load)
             report["ok"] = not report["problems"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ _HEADROOM_BYTES = 1024 * 1024
 
 _WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIRE_NAMES = {dtype: name for name, dtype in _WIRE_DTYPES.items()}
+
+# Tensors over received bytes are read-only, and nothing here writes to them; torch warns once a process all the same.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and is not converted on this machine")

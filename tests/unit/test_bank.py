@@ -53,7 +53,9 @@ def test_a_group_never_computes_an_expert_that_it_does_not_hold(tiny: MakeTiny) 
         ours.compute(0, rows)
 
 
-@pytest.mark.parametrize(("field", "value"), [("pair_row_P", 3), ("pair_row_P", -1), ("pair_expert_P", 8), ("pair_expert_P", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("pair_row_P", 3), ("pair_row_P", -1), ("pair_expert_P", 8), ("pair_expert_P", -1)]
+)
 def test_indices_are_checked_before_use(field: str, value: int, tiny: MakeTiny) -> None:
     ours = bank(tiny("mixtral"))
     rows = pairs(torch.tensor([[0, 2], [2, 3], [5, 0]]), torch.rand(3, 2), torch.randn(3, 64))

@@ -29,7 +29,10 @@ def rows(tokens: int, hidden: int, dtype: torch.dtype, pairs: int) -> LayerRows:
 
 
 @given(
-    st.integers(0, 9), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 20)
+    st.integers(0, 9),
+    st.integers(1, 9),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 20),
 )
 def test_a_call_survives_the_wire_bit_by_bit(tokens: int, hidden: int, dtype: torch.dtype, pairs: int) -> None:
     call = LayerCall(2**40, 7, 3, 2, 5, Priority.PREFILL, 1234, "00-aa-bb-01")

@@ -44,7 +44,11 @@ def test_drawn_tokens_follow_the_distribution_of_transformers(params: SamplingPa
     wanted = torch.softmax(scores[0], -1)
     draws = 4000
     counts = Counter(
-        sample(logits, SamplingParams(params.temperature, params.top_k, params.top_p, seed, params.repetition_penalty), history).token
+        sample(
+            logits,
+            SamplingParams(params.temperature, params.top_k, params.top_p, seed, params.repetition_penalty),
+            history,
+        ).token
         for seed in range(draws)
     )
     assert set(counts) <= {i for i, p in enumerate(wanted.tolist()) if p > 0}

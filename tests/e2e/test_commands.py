@@ -1,0 +1,224 @@
+"""Commands that start and end their own system."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import MakeTiny
+from tests.e2e.processes import COMMAND, descendants, free_port, last_json, run, survivors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster with three logical GPUs, as an operator would have started it."""
+    port = free_port()
+    log = (tmp_path_factory.mktemp("ray") / "log").open("w")
+    ray = str(Path(COMMAND[0]).parent / "ray")
+    arguments = [
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=4",
+        "--num-gpus=3",
+        "--disable-usage-stats",
+    ]
+    process = subprocess.Popen(
+        [ray, *arguments, "--include-dashboard=false"], stdout=log, stderr=log, start_new_session=True
+    )
+    limit = time.monotonic() + 120
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    left = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    psutil.wait_procs(left, timeout=20)
+    log.close()
+
+
+def plant(source: Path, out: Path, kind: str) -> Path:
+    """A copy of a qwen3_moe checkpoint with one error in it."""
+    shutil.copytree(source, out)
+    state = load_file(out / "model.safetensors")
+    experts = "model.layers.1.mlp.experts"
+    for name in [n for n in state if n.startswith(experts) or n == "model.layers.1.mlp.gate.weight"]:
+        if kind == "zeroed" and name.startswith(f"{experts}.5."):
+            state[name] = state[name] * 0
+        if kind == "wrong" and name.startswith(f"{experts}.3."):
+            state[name] = state[name.replace(".3.", ".4.")].clone()
+        if kind == "swapped" and name.endswith("gate.weight"):
+            state[name] = state[name][[1, 0, *range(2, len(state[name]))]].contiguous()
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_verify_passes_over_grpc_on_a_joined_cluster_and_each_process_has_its_own_gpu(
+    ray_address: str, tiny: MakeTiny
+) -> None:
+    done = run(
+        "verify",
+        "--model",
+        str(tiny("qwen3_moe")),
+        "--groups",
+        "1",
+        "--groups",
+        "2",
+        "--address",
+        ray_address,
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    result = last_json(done)
+    assert result["ok"] is True
+    assert [r["groups"] for r in result["runs"]] == [1, 2]
+    assert all(
+        r["tokens_compared"] == 256 and r["mismatched_tokens"] == 0 and r["max_batch"] >= 2 for r in result["runs"]
+    )
+    assert all(len(set(r["visible_devices"])) == r["groups"] + 1 for r in result["runs"])
+
+
+@pytest.mark.parametrize("kind", ["wrong", "zeroed", "swapped"])
+def test_verify_exits_1_on_a_planted_error(kind: str, ray_address: str, tiny: MakeTiny, tmp_path: Path) -> None:
+    served = plant(tiny("qwen3_moe"), tmp_path / "served", kind)
+    flags = ["--groups", "0", "--prompts", "4", "--tokens", "16", "--in-flight", "2", "--address", ray_address]
+    done = run("verify", "--model", str(served), "--reference", str(tiny("qwen3_moe")), *flags, "--json")
+    assert done.returncode == 1, done.stderr
+    assert last_json(done)["problems"]
+
+
+def test_more_gpus_than_the_cluster_has_is_refused_with_numbers(ray_address: str, tiny: MakeTiny) -> None:
+    done = run("verify", "--model", str(tiny("qwen3_moe")), "--groups", "3", "--address", ray_address)
+    assert done.returncode == 2
+    assert "4 GPUs are needed" in done.stderr
+    assert "the cluster has 3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--model", "/nowhere"], ["--model", "/nowhere"]),
+        (["serve", "--groups", "99"], ["groups", "99", "16 experts"]),
+        (["serve", "--groups", "-1"], ["groups", "-1"]),
+        (["serve", "--dtype", "fp8"], ["dtype", "fp8"]),
+        (["serve", "--listen", "nonsense"], ["listen", "nonsense"]),
+        (["verify", "--prompts", "0"], ["--prompts", "0"]),
+        (["zoo", "make", "--arch", "gpt5", "--out", "/tmp/x"], ["--arch", "gpt5", "mixtral"]),
+        (["zoo", "make", "--arch", "mixtral", "--preset", "bench-700m", "--out", "/tmp/x"], ["--arch", "qwen3_moe"]),
+        (["zoo", "make", "--arch", "mixtral", "--out", str(ROOT)], ["--out", "empty"]),
+        (["generate"], ["PROMPT"]),
+        (["generate", "--ids", "1,x"], ["--ids", "1,x"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_status_2(arguments: list[str], words: list[str]) -> None:
+    done = run(*arguments, timeout_s=120)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_said_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = run("serve", "--listen", address)
+    assert done.returncode == 2
+    assert address in done.stderr
+    assert "in use" in done.stderr
+
+
+def test_what_does_not_fit_is_refused_with_numbers_for_each_process() -> None:
+    # The budget is of no consequence elsewhere: nothing is allocated before it is used.
+    done = subprocess.run(
+        [*COMMAND, "serve", "--listen", "127.0.0.1:0"],
+        env={**__import__("os").environ, "EXPERTMESH_ENGINE__KV_CACHE_BYTES": str(2**50)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.search(r"does not fit .*GiB needed.*router .*key-value cache, group 0 .*group 1 ", done.stderr), (
+        done.stderr
+    )
+
+
+def test_demo_prints_text_and_stages_and_leaves_nothing() -> None:
+    process = subprocess.Popen([*COMMAND, "demo", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen: dict[int, psutil.Process] = {}
+    while process.poll() is None:
+        seen.update({p.pid: p for p in descendants(process.pid)} if psutil.pid_exists(process.pid) else {})
+        time.sleep(0.5)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    result = json.loads(out.strip().splitlines()[-1])
+    assert len(result["text"].split()) >= 8
+    assert result["exact"] is True
+    assert {"trunk", "dispatch", "wire", "expert.compute"} <= set(result["stages_s"])
+    assert sum(result["stages_s"].values()) <= result["wall_s"]
+    assert len(seen) > 5
+    assert not survivors(list(seen.values()))
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen: dict[int, psutil.Process] = {}
+    limit = time.monotonic() + 120
+    while not any("ServeReplica" in " ".join(p.cmdline()) for p in seen.values() if p.is_running()):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        seen.update({p.pid: p for p in descendants(process.pid)})
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert not survivors(list(seen.values()))
+
+
+def test_commands_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [re.findall(r"^(?:\.venv/bin/)?expertmesh ([\w ]*?)(?= [^a-z]|$)(.*)", line) for line in lines]
+    found = [match for matches in commands for match in matches]
+    assert len(found) >= 6
+    for names, rest in found:
+        parts = names.split()
+        words = parts[:2] if parts[0] == "zoo" else parts[:1]
+        shown = subprocess.run(
+            [*COMMAND, *words, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**__import__("os").environ, "COLUMNS": "200"},
+        ).stdout
+        for flag in re.findall(r"(--[a-z-]+)", rest):
+            assert flag in shown, f"{names} {flag}"
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", "\n".join(lines), re.MULTILINE):
+        assert f"\n{target}:" in targets, target

@@ -1,0 +1,253 @@
+"""The router's own gRPC server over a router in this process: real sockets, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from transformers import AutoModelForCausalLM
+
+from cluster.api.client import Client, Refused
+from cluster.api.frontend import Frontend
+from cluster.api.router import Router
+from cluster.api.server import ClientServer, Health
+from cluster.bench.reference import Reference
+from cluster.bench.verify import Load, ask, compare, problems
+from cluster.core import Deadline, LayerCall
+from cluster.errors import Unavailable
+from cluster.rpc.v1 import inference_pb2 as pb
+from cluster.transport.base import LayerRows, PendingReply, Transport
+from tests.conftest import MakeTiny
+from tests.systems import SpoilLink, in_process_router
+
+SOON = 30.0
+
+
+class Door:
+    """A front door on its own event loop, in a thread."""
+
+    def __init__(self) -> None:
+        self.frontend, self.health = Frontend(), Health()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.server, self.port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(SOON)
+        self.address = f"127.0.0.1:{self.port}"
+
+    async def _start(self) -> tuple[ClientServer, int]:
+        await self.health.set(serving=False)
+        server = ClientServer(self.frontend, self.health)
+        return server, await server.start("127.0.0.1:0")
+
+    def open(self, router: Router) -> None:
+        self.frontend.ready(router.served)
+        asyncio.run_coroutine_threadsafe(self.health.set(serving=True), self.loop).result(SOON)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(0), self.loop).result(SOON)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(SOON)
+
+
+@pytest.fixture(scope="module")
+def path(tiny: MakeTiny) -> Path:
+    return tiny("deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def door(path: Path) -> Iterator[Door]:
+    door = Door()
+    with Client(door.address) as client, pytest.raises(Unavailable, match="starting"):
+        client.model_info()
+    with grpc.insecure_channel(door.address) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with in_process_router(path) as router:
+        door.open(router)
+        yield door
+        door.close()
+
+
+@pytest.fixture
+def client(door: Door) -> Iterator[Client]:
+    with Client(door.address) as client:
+        yield client
+
+
+def request(ids: list[int], new: int = 8, **fields: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        prompt_ids=pb.TokenIds(ids=ids),
+        max_new_tokens=new,
+        ignore_eos=True,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def tokens(client: Client, message: pb.GenerateRequest) -> list[int]:
+    return [token.id for chunk in client.generate(message) for token in chunk.tokens]
+
+
+def test_sixteen_clients_at_once_get_sixteen_right_answers(door: Door, path: Path) -> None:
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = [[random.randrange(512) for _ in range(random.randint(3, 40))] for _ in range(16)]
+
+    def one(prompt: list[int]) -> list[int]:
+        with Client(door.address) as own:
+            return tokens(own, request(prompt, 12))
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(one, prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        assert logits.argmax(-1).tolist() == answer
+
+
+def test_a_seed_gives_the_same_tokens_whatever_shares_the_batch(client: Client) -> None:
+    message = request([5, 6, 7], 12, temperature=1.0, seed=42, top_p=0.9)
+    alone = tokens(client, message)
+    with ThreadPoolExecutor(8) as pool:
+        crowd = [
+            pool.submit(tokens, client, request([random.randrange(512)] * 9, 20, temperature=1.0)) for _ in range(6)
+        ]
+        together = tokens(client, message)
+        for item in crowd:
+            item.result(SOON)
+    assert alone == together
+    assert alone != tokens(client, request([5, 6, 7], 12, temperature=1.0, seed=43, top_p=0.9))
+
+
+def test_the_last_chunk_tells_how_it_ended(client: Client) -> None:
+    chunks = list(client.generate(request([1, 2, 3], 5, logprobs=2)))
+    last = chunks[-1]
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (3, 5)
+    assert last.exact
+    assert len(last.trace_id) == 32
+    assert {"trunk", "dispatch", "expert.compute"} <= {stage.stage for stage in last.stages}
+    made = [token for chunk in chunks for token in chunk.tokens]
+    assert all(len(token.top) == 2 and token.logprob == pytest.approx(token.top[0].logprob) for token in made)
+    stopped = list(client.generate(request([1, 2, 3], 50, stop_ids=[made[2].id])))[-1]
+    assert stopped.finish_reason == pb.FINISH_REASON_STOP_ID
+    assert stopped.usage.completion_tokens <= 3
+
+
+def test_bad_input_is_invalid_argument_with_the_field_in_the_details(door: Door) -> None:
+    method = "/cluster.rpc.v1.Inference/GenerateOnce"
+    with grpc.insecure_channel(door.address) as channel:
+        call = channel.unary_unary(method, request_serializer=pb.GenerateRequest.SerializeToString)
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request([600], 5), timeout=SOON)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        status = rpc_status.from_call(caught.value)
+        detail = error_details_pb2.BadRequest()
+        assert status.details[0].Unpack(detail)
+        assert detail.field_violations[0].field == "prompt_ids"
+        raw = channel.unary_unary(method)
+        for data, word in (
+            (b"\x0a\x02\xff\xfe", "prompt"),
+            (b"\x4a\x01\xff", "stop"),
+            (b"\xff\xff\xff", "GenerateRequest"),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                raw(data, timeout=SOON)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert word in caught.value.details()
+            assert "Traceback" not in caught.value.details()
+
+
+def test_a_client_that_leaves_frees_its_request_within_one_step(client: Client, door: Door) -> None:
+    before = client.status().engine
+    stream = client.generate(request([3, 4, 5], 400))
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    limit = time.monotonic() + SOON
+    while (now := client.status().engine).running and time.monotonic() < limit:
+        time.sleep(0.005)
+    assert now.cancelled == before.cancelled + 1
+    assert now.running == 0
+    assert now.max_steps_after_cancel <= 1
+    assert now.kv_used_bytes == 0
+
+
+def test_deadlines_of_request_and_of_the_call_both_count(client: Client, door: Door) -> None:
+    with pytest.raises(Exception, match="deadline"):
+        tokens(client, request([3], 500, deadline_ms=60))
+    with Client(door.address, timeout_s=0.06) as hurried, pytest.raises(Exception, match=r"(?i)deadline"):
+        tokens(hurried, request([3], 500))
+
+
+def test_health_reflection_and_facts(door: Door, client: Client) -> None:
+    with grpc.insecure_channel(door.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "cluster.rpc.v1.Inference"):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+        ask_ = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask_]))
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"cluster.rpc.v1.Inference", "cluster.rpc.v1.Control", "grpc.health.v1.Health"} <= names
+    info = client.model_info()
+    assert (info.arch, info.num_moe_layers, info.num_experts, info.experts_per_token) == ("deepseek_v3", 2, 16, 4)
+    assert not info.has_tokenizer
+    status = client.status()
+    assert [len(group.holdings[0].experts) for group in status.groups] == [8, 8]
+    assert all(group.healthy for group in status.groups)
+    with pytest.raises(Exception, match="no tokenizer files"):
+        client.tokenize("hello")
+    with pytest.raises(Refused, match="no tokenizer"):
+        next(client.generate(pb.GenerateRequest(prompt="hello")))
+
+
+# -- a planted error is seen ---------------------------------------------------------------------------------------
+
+
+class Spoiled:
+    """A link that changes what it carries."""
+
+    def __init__(self, link: Transport, kind: str) -> None:
+        self._link, self._kind = link, kind
+        self.kind, self.group, self.address = link.kind, link.group, link.address
+        self.cancel, self.healthy, self.close = link.cancel, link.healthy, link.close
+
+    def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
+        experts, weights = rows.pair_expert_P.clone(), rows.pair_weight_P.clone()
+        if self._kind == "wrong expert" and call.layer == 0:
+            experts[experts == 3] = 4
+        elif self._kind == "zeroed experts" and call.layer == 1:
+            weights[experts == 5] = 0
+        elif self._kind == "swapped gate weights" and len(weights) > 1:
+            weights[[0, 1]] = weights[[1, 0]]
+        return self._link.submit(call, LayerRows(rows.hidden_TH, rows.pair_row_P, experts, weights), deadline)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "wrong expert", "zeroed experts", "swapped gate weights"])
+def test_verify_sees_a_planted_error(kind: str, tiny: MakeTiny) -> None:
+    path = tiny("qwen3_moe")
+    spoil: SpoilLink = lambda link: Spoiled(link, kind)  # noqa: E731
+    door, load = Door(), Load(prompts=6, tokens=16, in_flight=3, seed=7)
+    try:
+        with in_process_router(path, spoil=spoil) as router:
+            door.open(router)
+            answers, status = ask(door.address, load, lambda _message: None)
+    finally:
+        door.close()
+    report = compare(Reference(path, torch.float32), answers, load.tokens)
+    found = problems({**report, "max_batch": status.engine.max_batch}, load)
+    assert bool(found) == (kind != "nothing"), found
