@@ -14,6 +14,8 @@ from cluster.commands import demo, generate, serve, status, verify, zoo
 from cluster.commands.common import Stopped, stderr, stdout
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError, InvalidArgument
 
+log = logging.getLogger(__name__)
+
 app = typer.Typer(
     name="expertmesh",
     help="Serves mixture-of-experts language models with their experts spread over a Ray cluster, exactly.",
@@ -64,12 +66,12 @@ def common(
 def main() -> None:
     """Entry point: errors become one line and an exit status."""
     try:
-        app(standalone_mode=False)
+        # Without standalone mode, typer returns the status of a command that raised Exit, and does not exit itself.
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except (Stopped, KeyboardInterrupt):
         stderr.print("stopped")
         sys.exit(130)
-    except typer.Exit as exc:
-        sys.exit(exc.exit_code)
     except (ConfigError, InvalidArgument, CheckpointError) as exc:
         stderr.print(f"error: {exc}", markup=False)
         sys.exit(2)
@@ -80,10 +82,14 @@ def main() -> None:
         sys.exit(130)
     except Exception as exc:
         shown = getattr(exc, "format_message", None)
-        if shown is None:
-            raise
-        stderr.print(f"error: {shown()}", markup=False)
-        sys.exit(2)
+        if shown is not None:
+            if shown():
+                stderr.print(f"error: {shown()}", markup=False)
+            sys.exit(2)
+        log.info("internal error", exc_info=exc)
+        reason = " ".join(str(exc).split())[:200]
+        stderr.print(f"internal error: {type(exc).__name__}: {reason} (--verbose shows where)", markup=False)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 import torch
 from ray import serve
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.serve.config import gRPCOptions
 
 from cluster import errors
@@ -151,8 +152,13 @@ class RaySession:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        logging.getLogger("ray").setLevel(logging.ERROR)
         self._progress("starting a local Ray" if self._local else f"joining Ray at {self._config.address}")
         options: dict[str, Any] = {"include_dashboard": False} if self._local else {}
+        if not self._local:
+            # `ray start` turns token authentication on wherever this user has a token; `ray.init` with an address does
+            # not look for one by itself. A cluster without authentication ignores the token.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
             ray.init(
                 address="local" if self._local else self._config.address,
@@ -162,7 +168,6 @@ class RaySession:
             )
         except (ConnectionError, ValueError, RuntimeError) as exc:
             raise Unavailable(f"address: cannot join Ray at {self._config.address!r}: {_one_line(exc)}") from exc
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self._start_serve()
         return self
 

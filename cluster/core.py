@@ -170,7 +170,11 @@ class PlacementTable:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The placement table together with the groups it names."""
+    """The placement table together with the groups it names.
+
+    ``progress_age_s`` is how long ago the coordinator's own loop made progress, when it said so.
+    """
 
     table: PlacementTable
     groups: dict[GroupId, GroupInfo] = field(default_factory=dict)
+    progress_age_s: float = 0.0

@@ -24,6 +24,7 @@ from cluster.rpc.v1 import control_pb2, inference_pb2
 from cluster.telemetry.ledger import Stage
 
 STARTING, SERVING, DRAINING = "starting", "serving", "draining"
+LONG_REQUEST_BYTES = 64 * 1024
 _GRACE_S = 1.0
 """The engine ends a request at its deadline; only when its thread is stuck does the servicer do it, this much later."""
 
@@ -73,7 +74,10 @@ class Frontend:
         """
         served = self._serving()
         started_s = self._clock()
-        request = to_request(message, served.limits, served.tokenizer, time_left_s, trace_id(metadata))
+        arguments = (message, served.limits, served.tokenizer, time_left_s, trace_id(metadata))
+        # Tokenising a long text takes a while, which other streams should not wait for.
+        long = message.ByteSize() > LONG_REQUEST_BYTES
+        request = await asyncio.to_thread(to_request, *arguments) if long else to_request(*arguments)
         tokenize = ((Stage.TOKENIZE.value, self._clock() - started_s),)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
@@ -117,10 +121,11 @@ class Frontend:
         """What is served."""
         return self._serving().info
 
-    def tokenize(self, message: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeReply:
+    async def tokenize(self, message: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeReply:
         """Text to ids."""
         special = message.add_special_tokens if message.HasField("add_special_tokens") else True
-        return inference_pb2.TokenizeReply(ids=self._tokenizer().encode(message.text, special))
+        ids = await asyncio.to_thread(self._tokenizer().encode, message.text, special)
+        return inference_pb2.TokenizeReply(ids=ids)
 
     def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeReply:
         """Ids to text."""

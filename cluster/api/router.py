@@ -147,6 +147,7 @@ class Router:
             )
         )
         reply.loops.add(name="fabric", progress_age_s=self.fabric.progress_age_s())
+        reply.loops.add(name="coordinator", progress_age_s=membership.progress_age_s)
         reply.loops.add(name="engine", progress_age_s=self.engine.progress_age_s())
         return reply
 

@@ -106,7 +106,11 @@ class RouterShell:
         return _call(grpc_context, inference_pb2.ModelInfoReply, self._frontend.model_info)
 
     async def Tokenize(self, request: Any, grpc_context: Any) -> Any:
-        return _call(grpc_context, inference_pb2.TokenizeReply, lambda: self._frontend.tokenize(parsed(request)))
+        try:
+            return await self._frontend.tokenize(parsed(request))
+        except Exception as exc:  # noqa: BLE001 (as above)
+            _set_status(grpc_context, exc)
+            return inference_pb2.TokenizeReply()
 
     async def Detokenize(self, request: Any, grpc_context: Any) -> Any:
         return _call(grpc_context, inference_pb2.DetokenizeReply, lambda: self._frontend.detokenize(parsed(request)))

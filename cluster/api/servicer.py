@@ -41,7 +41,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return await _answer(context, lambda: _now(self._frontend.model_info))
 
     async def Tokenize(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        return await _answer(context, lambda: _now(lambda: self._frontend.tokenize(parsed(request))))
+        return await _answer(context, lambda: self._tokenize(request))
+
+    async def _tokenize(self, request: Any) -> inference_pb2.TokenizeReply:
+        return await self._frontend.tokenize(parsed(request))
 
     async def Detokenize(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         return await _answer(context, lambda: _now(lambda: self._frontend.detokenize(parsed(request))))

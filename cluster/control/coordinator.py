@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -94,7 +95,7 @@ class Coordinator:
     def membership(self) -> Membership:
         """The newest table and the groups it names."""
         with self._lock:
-            return self._membership
+            return dataclasses.replace(self._membership, progress_age_s=self.progress_age_s())
 
     def progress_age_s(self) -> float:
         """Seconds since the last poll ended."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -175,6 +176,18 @@ def test_a_client_made_from_the_proto_files_alone_streams_and_cancels(served: Se
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("ok")
+
+
+def test_a_group_that_is_killed_comes_back_and_no_request_fails(served: ServeProcess, right_answers: list[str]) -> None:
+    with Client(served.address) as client:
+        before = client.status().groups[0]
+        psutil.Process(before.process.pid).kill()
+        answers = [text(client, prompt) for prompt in PROMPTS]
+        after = client.status()
+    assert answers == right_answers
+    assert after.groups[0].incarnation != before.incarnation
+    assert after.groups[0].healthy
+    assert after.engine.failed == 0
 
 
 def test_stop_drains_running_requests_and_leaves_nothing(served: ServeProcess) -> None:
