@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ from cluster.weights.skeleton import build_skeleton
 log = logging.getLogger(__name__)
 
 APP = "expertmesh"
+REMOVE_TIMEOUT_S = 60.0
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
 GRPC_FUNCTIONS = [
@@ -169,10 +171,12 @@ class RaySession:
         except (ConnectionError, ValueError, RuntimeError) as exc:
             raise Unavailable(f"address: cannot join Ray at {self._config.address!r}: {_one_line(exc)}") from exc
         self._start_serve()
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         return self
 
     def _start_serve(self) -> None:
         self._progress("starting Ray Serve")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         if self._config.front_door == "router":
             serve.start(proxy_location="Disabled")
             return
@@ -225,9 +229,15 @@ class Deployment:
         return left
 
     def remove(self) -> None:
-        """Deletes the applications, the router's first."""
+        """Deletes the applications and waits until they are gone."""
         for app in self.apps:
-            serve.delete(app)
+            serve.delete(app, _blocking=False)
+        deadline = Deadline.after(REMOVE_TIMEOUT_S)
+        while set(self.apps) & set(serve.status().applications):
+            if deadline.expired():
+                raise Unavailable(f"Serve did not remove the applications within {REMOVE_TIMEOUT_S:g} s")
+            time.sleep(0.1)
+        self.apps = []
 
 
 def deploy(plan: Plan, progress: Progress) -> Deployment:

@@ -20,6 +20,7 @@ def demo(
     from cluster import app as composition
     from cluster.bench.demo import show_stages, stream_answer
 
+    out = None if as_json else sys.stdout  # a Ray session puts another stream in place of it
     settings = load_config(flags={"listen": "127.0.0.1:0", "groups": 2})
     with stopping() as stop:
         with reporting() as progress:
@@ -29,7 +30,7 @@ def demo(
                 stop.arm()
                 deployment = composition.deploy(plan, progress)
                 progress(f"serving on {deployment.address}; asking over gRPC")
-                answer = stream_answer(deployment.address, prompt, max_new_tokens, None if as_json else sys.stdout)
+                answer = stream_answer(deployment.address, prompt, max_new_tokens, out)
                 progress("stopping")
                 deployment.drain(5)
                 deployment.remove()
