@@ -91,6 +91,7 @@ class RouterShell:
                 yield chunk
         except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
             _set_status(grpc_context, exc)
+            yield inference_pb2.GenerateChunk()  # Serve carries the status with a message, and without one not at all
         finally:
             if chunks is not None:
                 await chunks.aclose()  # type: ignore[attr-defined]

@@ -47,9 +47,9 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
     )
     if reply.uncovered_experts:
         stdout.print(f"[red]{len(reply.uncovered_experts)} experts without a living copy[/red]")
-    table = Table(
-        "process", "pid", "device", "transport", "experts a layer", "weights MiB", "resident MiB", "calls", "health"
-    )
+    table = Table("process", "pid", "device", "link", "experts", "weights", "memory", "calls", "state")
+    for column in table.columns:
+        column.no_wrap = True
     router = reply.router
     table.add_row(
         "router",
@@ -57,8 +57,8 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
         router.device + (f" [{router.visible_devices}]" if router.visible_devices else ""),
         "",
         "",
-        f"{reply.trunk_bytes / mib:.1f}",
-        f"{router.rss_bytes / mib:.0f}",
+        f"{reply.trunk_bytes / mib:.1f} M",
+        f"{router.rss_bytes / mib:.0f} M",
         "",
         reply.state,
     )
@@ -70,11 +70,11 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
             str(group.process.pid),
             group.process.device + (f" [{group.process.visible_devices}]" if group.process.visible_devices else ""),
             group.transport,
-            f"{spread} x {len(counts)} layers",
-            f"{group.expert_bytes / mib:.1f}",
-            f"{group.process.rss_bytes / mib:.0f}",
+            f"{spread} x {len(counts)}",
+            f"{group.expert_bytes / mib:.1f} M",
+            f"{group.process.rss_bytes / mib:.0f} M",
             str(group.calls),
-            "healthy" if group.healthy else "[red]link down[/red]",
+            "up" if group.healthy else "[red]down[/red]",
         )
     stdout.print(table)
     engine = reply.engine
