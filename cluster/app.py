@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -46,6 +47,7 @@ from cluster.weights.skeleton import build_skeleton
 log = logging.getLogger(__name__)
 
 APP = "expertmesh"
+INGRESS_TIMEOUT_S = 30.0
 REMOVE_TIMEOUT_S = 60.0
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
@@ -81,6 +83,8 @@ def make_plan(config: Config) -> Plan:
     Raises:
         CheckpointError, UnsupportedModel, ConfigError: with the reason in one line.
     """
+    # Ray's workers have another working directory than the command that was given a relative path.
+    config = dataclasses.replace(config, model=str(Path(config.model).resolve()))
     if not config.data_plane.secret:
         data_plane = dataclasses.replace(config.data_plane, secret=secrets.token_hex(16))
         config = dataclasses.replace(config, data_plane=data_plane)
@@ -266,10 +270,27 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     except BaseException:
         deployment.remove()
         raise
-    if config.front_door == "router":
+    if config.front_door == "serve":
+        _wait_for_ingress(config.listen)
+    else:
         port = serve.get_app_handle(APP).port.remote().result(timeout_s=30)
         deployment.address = f"{split_address('listen', config.listen)[0]}:{port}"
     return deployment
+
+
+def _wait_for_ingress(listen: str) -> None:
+    """Serve's gRPC port is opened by a proxy that starts on its own time, and only if Serve was started with one."""
+    _, port = split_address("listen", listen)
+    deadline = Deadline.after(INGRESS_TIMEOUT_S)
+    while not deadline.expired():
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise ConfigError(
+        f"front_door: Serve opened no gRPC port {port} within {INGRESS_TIMEOUT_S:g} s; if Serve ran on this cluster "
+        "before, it keeps the ports it was started with: use --front-door router, or shut Serve down first"
+    )
 
 
 def _gpus_each(plan: Plan) -> int:

@@ -83,10 +83,9 @@ class Router:
 
     def _warm_up(self) -> int:
         """One step through trunk and groups; returns key-value bytes a token."""
-        kv = SequenceKv()
+        kv = SequenceKv(_WARM_UP_TOKENS)
         self._trunk.forward([Chunk(range(_WARM_UP_TOKENS), kv)], StepContext(0))
-        capacity = max(1, kv.capacity)
-        return kv.num_bytes // capacity
+        return kv.num_bytes // _WARM_UP_TOKENS
 
     def _model_info(self, skeleton: Skeleton, has_tokenizer: bool) -> inference_pb2.ModelInfoReply:
         checkpoint = self._checkpoint

@@ -19,7 +19,14 @@ from cluster.core import Clock, FinishReason, Priority, Request
 from cluster.engine.sampler import Sampled, sample
 from cluster.engine.scheduler import Scheduled, Scheduler, Share
 from cluster.engine.text import TextStream, Tokenizer
-from cluster.errors import Cancelled, DeadlineExceeded, ExpertMeshError, InternalError, Unavailable
+from cluster.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ExpertMeshError,
+    InternalError,
+    InvalidArgument,
+    Unavailable,
+)
 from cluster.model.packed import Chunk, SequenceKv
 from cluster.routing.dispatcher import StepContext
 from cluster.telemetry.ledger import Ledger, Stage
@@ -62,7 +69,7 @@ class _Live:
     sequence: Scheduled
     text: TextStream
     arrived_s: float
-    kv: SequenceKv = field(default_factory=SequenceKv)
+    kv: SequenceKv
     generated: list[int] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     started: bool = False
@@ -97,8 +104,10 @@ class Engine:
         clock: Clock = time.monotonic,
     ) -> None:
         self._forward, self._tokenizer, self._clock, self._threads = forward, tokenizer, clock, threads
-        max_kv_tokens = max(1, config.kv_cache_bytes // max(1, kv_bytes_per_token))
-        self._scheduler = Scheduler(config.max_running, config.max_waiting, config.step_token_budget, max_kv_tokens)
+        self._max_kv_tokens = max(1, config.kv_cache_bytes // max(1, kv_bytes_per_token))
+        self._scheduler = Scheduler(
+            config.max_running, config.max_waiting, config.step_token_budget, self._max_kv_tokens
+        )
         self._lock = threading.Condition()
         self._live: dict[str, _Live] = {}
         self._by_sequence: dict[Scheduled, _Live] = {}
@@ -115,11 +124,20 @@ class Engine:
         """Takes a request; its events go to ``listener``.
 
         Raises:
+            InvalidArgument: the key-value cache could never hold prompt and answer.
             Overloaded: too many requests wait.
             Unavailable: the engine has been closed.
         """
         sequence = Scheduled(request)
-        live = _Live(request, listener, sequence, TextStream(self._tokenizer, request.stop.stop_strings), self._clock())
+        if sequence.max_tokens > self._max_kv_tokens:
+            raise InvalidArgument(
+                "max_new_tokens",
+                request.stop.max_new_tokens,
+                f"with the prompt that makes {sequence.max_tokens} tokens, and the key-value cache holds "
+                f"{self._max_kv_tokens} (engine.kv_cache_bytes)",
+            )
+        text = TextStream(self._tokenizer, request.stop.stop_strings)
+        live = _Live(request, listener, sequence, text, self._clock(), SequenceKv(sequence.max_tokens))
         with self._lock:
             if self._closed:
                 raise Unavailable("the router is shutting down; retry elsewhere")

@@ -40,8 +40,7 @@ class Share:
 class Scheduler:
     """Waiting and running sequences.
 
-    ``max_kv_tokens`` bounds the tokens that running sequences may grow to together; a sequence alone may exceed it,
-    so that nothing waits for ever.
+    ``max_kv_tokens`` bounds the tokens that running sequences may grow to together; no sequence may need more alone.
     """
 
     def __init__(self, max_running: int, max_waiting: int, step_token_budget: int, max_kv_tokens: int) -> None:

@@ -25,11 +25,20 @@ from cluster.weights.skeleton import build_skeleton
 class ExpertGroup:
     """Loads ``holdings`` (per MoE layer, sorted logical experts) and computes them.
 
-    With ``listen`` it also serves the data plane on ``config.data_plane.bind``. The constructor returns when every
+    With ``listen`` it also serves the data plane on ``config.data_plane.bind``; when that is all interfaces, routers
+    are told ``host_address``. The constructor returns when every
     layer has computed once.
     """
 
-    def __init__(self, group: GroupId, holdings: Holdings, config: Config, threads: int, listen: bool = True) -> None:
+    def __init__(
+        self,
+        group: GroupId,
+        holdings: Holdings,
+        config: Config,
+        threads: int,
+        listen: bool = True,
+        host_address: str = "127.0.0.1",
+    ) -> None:
         self.group = group
         self._incarnation = uuid.uuid4().hex
         checkpoint = Checkpoint(config.model)
@@ -43,7 +52,7 @@ class ExpertGroup:
         self._warm_up(hidden_size, dtype)
         self._started_s = time.monotonic()
         identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
-        self._server = DataPlaneServer(identity, self.host, config.data_plane.bind) if listen else None
+        self._server = DataPlaneServer(identity, self.host, config.data_plane.bind, host_address) if listen else None
 
     def _warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Runs every expert of every layer once, so that no first request pays for lazy set-up."""

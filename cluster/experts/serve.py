@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ray
+
 from cluster.config import Config
 from cluster.core import GroupId, GroupInfo
 from cluster.errors import Unavailable
@@ -13,7 +15,7 @@ class ExpertsShell:
     """Deployment ``group`` of the application ``experts-<i>``. Layer calls do not come through here."""
 
     def __init__(self, group: GroupId, holdings: Holdings, config: Config, threads: int) -> None:
-        self._group = ExpertGroup(group, holdings, config, threads)
+        self._group = ExpertGroup(group, holdings, config, threads, host_address=ray.util.get_node_ip_address())
 
     def info(self) -> GroupInfo:
         """See `ExpertGroup`."""

@@ -21,6 +21,7 @@ from cluster.transport.grpc_link import CHANNEL_OPTIONS
 
 log = logging.getLogger(__name__)
 
+ALL_INTERFACES = ("0.0.0.0", "[::]")
 MAX_ROUTERS = 64
 """Each stream holds one thread of the server."""
 
@@ -141,13 +142,14 @@ class ExpertsServicer(experts_pb2_grpc.ExpertsServicer):
 
 
 class DataPlaneServer:
-    """A gRPC server on ``bind`` (any free port) for one group. ``address`` is where routers connect.
+    """A gRPC server on ``bind`` (any free port) for one group. ``address`` is where routers connect: ``bind``, or
+    ``host_address`` when that is all interfaces.
 
     Raises (constructor):
         ConfigError: the interface cannot be bound.
     """
 
-    def __init__(self, identity: Identity, handler: CallHandler, bind: str) -> None:
+    def __init__(self, identity: Identity, handler: CallHandler, bind: str, host_address: str) -> None:
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=MAX_ROUTERS, thread_name_prefix="data-plane"),
             options=(
@@ -161,7 +163,7 @@ class DataPlaneServer:
             port = self._server.add_insecure_port(f"{bind}:0")
         except RuntimeError as exc:
             raise ConfigError(f"data_plane.bind: cannot listen on {bind!r}: {exc}") from exc
-        self.address = f"{bind}:{port}"
+        self.address = f"{host_address if bind in ALL_INTERFACES else bind}:{port}"
         self._server.start()
 
     def close(self, grace_s: float = 0.5) -> None:

@@ -16,9 +16,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from cluster.errors import UnsupportedModel
-from cluster.model.packed import packed_mask
+from cluster.model.packed import current_batch, packed_mask
 
 NAME = "expertmesh"
+WHOLE_BATCH_LIMIT = 128 * 1024
+"""Rows times keys that one attention call may have: a decode step of 16 sequences of 500 tokens has as many."""
 
 ExpertsHook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden [T, H], expert index [T, K], gate weight [T, K]) -> [T, H]."""
@@ -56,6 +58,28 @@ def _experts(
     return hook(hidden_TH, index_TK, weight_TK)
 
 
-def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own eager attention: it takes masks, sinks and whatever else the architecture has."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The model's own eager attention: it takes masks, sinks and whatever else the architecture has.
+
+    ``query`` is [1, heads, T, dim], ``key`` and ``value`` [1, heads, S, dim] of all sequences, the mask [1, 1, T, S];
+    the result is [1, T, heads, dim]. One call attends for the whole batch and throws away what crosses sequences;
+    where that would be too much, there is one call a sequence.
+    """
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    batch = current_batch()
+    if len(batch.spans) == 1 or query.shape[2] * key.shape[2] <= WHOLE_BATCH_LIMIT:
+        return eager(module, query, key, value, attention_mask, *args, **kwargs)[0], None
+    pieces = []
+    for (start, end), (first, last) in zip(batch.spans, batch.key_spans, strict=True):
+        mask = attention_mask[:, :, start:end, first:last]
+        keys, values = key[:, :, first:last], value[:, :, first:last]
+        pieces.append(eager(module, query[:, :, start:end], keys, values, mask, *args, **kwargs)[0])
+    return torch.cat(pieces, dim=1), None

@@ -17,17 +17,15 @@ from transformers.cache_utils import Cache
 
 from cluster.errors import InternalError
 
-_FIRST_CAPACITY = 64
-
 
 class SequenceKv:
-    """Keys and values of one sequence, all layers. ``length`` tokens are committed.
+    """Keys and values of one sequence, all layers, with room for ``capacity`` tokens; ``length`` are committed.
 
-    Buffers double when they are full; ``num_bytes`` counts what is allocated.
+    Buffers are allocated once, when a layer stores its first tokens.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, capacity: int) -> None:
+        self.length, self.capacity = 0, capacity
         self._keys: list[torch.Tensor | None] = []
         self._values: list[torch.Tensor | None] = []
 
@@ -37,33 +35,19 @@ class SequenceKv:
             self._keys.append(None)
             self._values.append(None)
         end = self.length + keys.shape[2]
-        key_buffer = self._keys[layer] = _room(self._keys[layer], keys, self.length, end)
-        value_buffer = self._values[layer] = _room(self._values[layer], values, self.length, end)
+        key_buffer = self._keys[layer] = self._buffer(self._keys[layer], keys)
+        value_buffer = self._values[layer] = self._buffer(self._values[layer], values)
         key_buffer[:, :, self.length : end] = keys
         value_buffer[:, :, self.length : end] = values
         return key_buffer[:, :, :end], value_buffer[:, :, :end]
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that the buffers have room for."""
-        return max((t.shape[2] for t in self._keys if t is not None), default=0)
+    def _buffer(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        return new.new_empty((*new.shape[:2], self.capacity, new.shape[3])) if buffer is None else buffer
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
         return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values) if t is not None)
-
-
-def _room(buffer: torch.Tensor | None, new: torch.Tensor, used: int, end: int) -> torch.Tensor:
-    if buffer is not None and buffer.shape[2] >= end:
-        return buffer
-    capacity = _FIRST_CAPACITY
-    while capacity < end:
-        capacity *= 2
-    grown = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
-    if buffer is not None:
-        grown[:, :, :used] = buffer[:, :, :used]
-    return grown
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +59,8 @@ class Chunk:
 
 
 class PackedBatch:
-    """Index tensors of one step. ``last_T`` are the row numbers of each chunk's last token."""
+    """Index tensors of one step. ``last_T`` are the row numbers of each chunk's last token; ``spans`` and ``key_spans``
+    are each sequence's (start, end) among the T rows and the S keys."""
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self.chunks = list(chunks)
@@ -93,6 +78,7 @@ class PackedBatch:
         self.last_T = torch.tensor([end - 1 for _, end in self.spans], dtype=torch.int64, device=device)
         numbers = torch.arange(len(self.chunks), device=device)
         totals = [at + n for at, n in zip(starts, lengths, strict=True)]
+        self.key_spans = [(sum(totals[:i]), sum(totals[: i + 1])) for i in range(len(totals))]
         self.key_positions_S = torch.cat([torch.arange(n, device=device) for n in totals])
         self._query_sequence_T = numbers.repeat_interleave(torch.tensor(lengths, device=device))
         self._key_sequence_S = numbers.repeat_interleave(torch.tensor(totals, device=device))
@@ -149,6 +135,18 @@ class PackedCache(Cache):
 _current: ContextVar[PackedBatch] = ContextVar("expertmesh_packed_batch")
 
 
+def current_batch() -> PackedBatch:
+    """The batch of the step that this thread is in.
+
+    Raises:
+        InternalError: it is in none.
+    """
+    batch = _current.get(None)
+    if batch is None:
+        raise InternalError("the model was called outside a step")
+    return batch
+
+
 @contextmanager
 def stepping(batch: PackedBatch) -> Iterator[None]:
     """While it lasts, masks that the model asks for in this thread are those of ``batch``."""
@@ -168,7 +166,6 @@ def packed_mask(
     **_kwargs: object,
 ) -> torch.Tensor:
     """Mask function of transformers' attention-mask interface, registered with the hook's own name."""
-    batch = _current.get(None)
-    if batch is None or attention_mask is not None or use_vmap:
+    if attention_mask is not None or use_vmap:
         raise InternalError("the model asks for a mask that a packed batch does not have")
-    return batch.mask(mask_function, dtype)
+    return current_batch().mask(mask_function, dtype)

@@ -66,10 +66,15 @@ class ServeProcess:
                 raise AssertionError(f"serve did not start:\n{log.read_text()}")
             time.sleep(0.2)
 
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, list[str]]:
-        """(exit status, processes left behind)."""
+    def stop(self, by_command: bool = False) -> tuple[int, list[str]]:
+        """(exit status, processes left behind), by SIGTERM or by `expertmesh stop`."""
         left = descendants(self.process.pid)
-        os.kill(self.process.pid, number)
+        if by_command:
+            done = run("stop", "--server", self.address, "--json")
+            assert done.returncode == 0, done.stderr
+            assert last_json(done) == {"stopped": [self.address], "running": []}
+        else:
+            os.kill(self.process.pid, signal.SIGTERM)
         status = self.process.wait(STOP_S)
         self._log.close()
         return status, survivors(left)

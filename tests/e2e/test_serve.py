@@ -190,13 +190,13 @@ def test_a_group_that_is_killed_comes_back_and_no_request_fails(served: ServePro
     assert after.engine.failed == 0
 
 
-def test_stop_drains_running_requests_and_leaves_nothing(served: ServeProcess) -> None:
+def test_stop_drains_running_requests_and_leaves_nothing(served: ServeProcess, request: pytest.FixtureRequest) -> None:
     """Last in this file: it ends the server."""
     with Client(served.address) as client:
         stream = client.generate(pb.GenerateRequest(prompt="MACBETH.", max_new_tokens=150, ignore_eos=True))
         next(stream)
         with ThreadPoolExecutor(1) as pool:
-            stopping = pool.submit(served.stop)
+            stopping = pool.submit(served.stop, by_command="[serve]" in request.node.name)
             count = 1 + sum(len(chunk.tokens) for chunk in stream)
             status, left = stopping.result(120)
     assert count >= 150

@@ -47,7 +47,7 @@ def compute() -> Compute:
 @pytest.fixture
 def server(compute: Compute) -> Iterator[DataPlaneServer]:
     host = ExpertHost(compute)
-    server = DataPlaneServer(Identity(4, "born", "model", "fp32", "secret"), host, "127.0.0.1")
+    server = DataPlaneServer(Identity(4, "born", "model", "fp32", "secret"), host, "127.0.0.1", "127.0.0.1")
     yield server
     compute.open.set()
     server.close(0)

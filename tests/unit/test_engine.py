@@ -11,7 +11,7 @@ import torch
 from cluster.config import EngineConfig
 from cluster.core import Deadline, FinishReason, Request, SamplingParams, StopParams
 from cluster.engine.engine import Engine, TokenEvent
-from cluster.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
+from cluster.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, Overloaded, Unavailable
 from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
 
@@ -175,3 +175,11 @@ def test_close_ends_every_request_with_an_answer() -> None:
     assert isinstance(collect(events)[1].error, Unavailable)
     with pytest.raises(Unavailable):
         ask(target, 2)
+
+
+def test_what_the_cache_can_never_hold_is_refused_at_once() -> None:
+    target = engine(Model(), kv_cache_bytes=40)
+    with pytest.raises(InvalidArgument, match=r"max_new_tokens: got 40.*makes 41 tokens.*holds 40"):
+        ask(target, 1, new=40)
+    assert collect(ask(target, 1, new=39)[1])[0] == [i % V for i in range(2, 41)]
+    target.close()

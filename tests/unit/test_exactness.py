@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.api.router import Router
+from cluster.model import hook
 from cluster.model.packed import Chunk, SequenceKv
 from cluster.routing.dispatcher import StepContext
 from cluster.weights.zoo import WINDOW, architectures
@@ -22,7 +23,7 @@ NEW = 12
 
 def serve_ragged(router: Router, prompts: list[list[int]], chunk: int) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Greedy tokens and logits when sequences join one step after another and prompts go in pieces."""
-    kvs = [SequenceKv() for _ in prompts]
+    kvs = [SequenceKv(len(prompt) + NEW) for prompt in prompts]
     pending = [list(prompt) for prompt in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -46,8 +47,12 @@ def serve_ragged(router: Router, prompts: list[list[int]], chunk: int) -> tuple[
     raise AssertionError("did not end")
 
 
+@pytest.mark.parametrize("limit", [0, hook.WHOLE_BATCH_LIMIT], ids=["attention-per-sequence", "whole-batch"])
 @pytest.mark.parametrize("arch", architectures())
-def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(arch: str, tiny: MakeTiny) -> None:
+def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(
+    arch: str, limit: int, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook, "WHOLE_BATCH_LIMIT", limit)
     path = tiny(arch, seed=random.randrange(10_000))
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = [[random.randrange(512) for _ in range(length)] for length in PROMPT_LENGTHS]
