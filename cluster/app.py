@@ -256,6 +256,12 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     if single_host:
         check_fits(plan.processes, available_bytes(), "this machine")
     gpus = _gpus_each(plan)
+    taken = {name for name in serve.status().applications if name == APP or name.startswith("experts-")}
+    if taken:
+        raise ConfigError(
+            f"address: ExpertMesh serves on this cluster already ({', '.join(sorted(taken))}); stop it first, or use "
+            "another cluster"
+        )
     deployment = Deployment(plan, config.listen)
     try:
         # All at once: the router loads its trunk while the groups load, and waits for them.
@@ -267,14 +273,14 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         ]
         route = "/" if config.front_door == "serve" else None
         _run([*targets, serve.RunTarget(_router(plan, gpus), name=APP, route_prefix=route)])
+        if config.front_door == "serve":
+            _wait_for_ingress(config.listen)
+        else:
+            port = serve.get_app_handle(APP).port.remote().result(timeout_s=30)
+            deployment.address = f"{split_address('listen', config.listen)[0]}:{port}"
     except BaseException:
         deployment.remove()
         raise
-    if config.front_door == "serve":
-        _wait_for_ingress(config.listen)
-    else:
-        port = serve.get_app_handle(APP).port.remote().result(timeout_s=30)
-        deployment.address = f"{split_address('listen', config.listen)[0]}:{port}"
     return deployment
 
 
@@ -341,7 +347,7 @@ def _router(plan: Plan, gpus: int) -> serve.Application:
             max_ongoing_requests=256,
             ray_actor_options=_actor_options(0),
             graceful_shutdown_timeout_s=2,
-        ).bind(plan.experts_per_layer, list(range(len(plan.holdings))))
+        ).bind(plan.experts_per_layer, list(range(len(plan.holdings))), plan.config.start_timeout_s)
     router = _deployment(
         RouterShell,
         name="router",

@@ -80,6 +80,8 @@ class Config:
     """Ray cluster to join; empty starts a local one."""
     threads: int = 0
     """Compute threads of each process; 0 divides the cores of the machine."""
+    start_timeout_s: float = 600.0
+    """How long router and coordinator wait for the groups to load."""
     drain_s: float = 30.0
     """How long SIGTERM lets running requests finish."""
     verify: bool = False
@@ -95,6 +97,7 @@ class Config:
         _at_least("groups", self.groups, 0)
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
+        _at_least("start_timeout_s", self.start_timeout_s, 0.001)
         for name in ("max_running", "max_waiting", "step_token_budget", "kv_cache_bytes", "default_max_new_tokens"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
         _at_least("engine.max_deadline_s", self.engine.max_deadline_s, 0.001)
@@ -106,7 +109,7 @@ class Config:
 def split_address(name: str, value: str) -> tuple[str, int]:
     """``host:port`` as a pair. Port 0 asks for any free port."""
     host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigError(f"{name}: got {value!r}; must be HOST:PORT with a port from 0 to 65535")
     return host, int(port)
 

@@ -93,10 +93,19 @@ def text_request(prompt: str | None, ids: str | None, **fields: Any) -> inferenc
     """
     if (prompt is None) == (ids is None):
         raise ConfigError("PROMPT: exactly one of PROMPT and --ids must be given")
-    try:
-        request = inference_pb2.GenerateRequest(**{k: v for k, v in fields.items() if v is not None})
-    except (ValueError, TypeError, UnicodeEncodeError) as exc:
-        raise ConfigError(f"a value does not fit its field: {exc}") from exc
+    request = inference_pb2.GenerateRequest()
+    for name, value in fields.items():
+        if value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        try:
+            if isinstance(value, list):
+                getattr(request, name).extend(value)
+            else:
+                setattr(request, name, value)
+        except (ValueError, TypeError, UnicodeEncodeError) as exc:
+            limit = "must be from 0 to 2**64 - 1" if name == "seed" else "does not fit its type, or is not UTF-8"
+            raise ConfigError(f"{flag}: got {ascii(value)[:60]}; {limit}") from exc
     if prompt is not None:
         try:
             prompt.encode("utf-8")

@@ -101,7 +101,9 @@ def _prompt(message: pb.GenerateRequest, limits: ModelLimits, tokenizer: Tokeniz
             if not role:
                 raise InvalidArgument("messages.role", role, "must not be empty")
         _check_length("messages", sum(len(content) for _, content in turns), limits)
-        return _needs(tokenizer, "messages").chat(turns)
+        ids = _needs(tokenizer, "messages").chat(turns)
+        check_ids("messages", ids, limits.vocab_size)
+        return ids
     if kind == "prompt_ids":
         ids = list(message.prompt_ids.ids)
         if not ids:
@@ -116,6 +118,7 @@ def _prompt(message: pb.GenerateRequest, limits: ModelLimits, tokenizer: Tokeniz
     ids = _needs(tokenizer, "prompt").encode(message.prompt)
     if not ids:
         raise InvalidArgument("prompt", message.prompt, "must give at least 1 token")
+    check_ids("prompt", ids, limits.vocab_size)  # some tokenizers have more ids than their model
     return ids
 
 

@@ -142,9 +142,11 @@ class Frontend:
 
     # -- control -------------------------------------------------------------------------------------------------
 
-    def status(self) -> control_pb2.StatusReply:
+    async def status(self) -> control_pb2.StatusReply:
         """How the system is; in every state."""
-        reply = self._served.status() if self._served is not None else control_pb2.StatusReply()
+        served = self._served
+        # In a thread: it takes locks that the engine's and the refresh thread hold now and then.
+        reply = await asyncio.to_thread(served.status) if served is not None else control_pb2.StatusReply()
         reply.state = self.state
         if self._served is not None:
             reply.uptime_s = self._clock() - self._ready_s

@@ -15,6 +15,7 @@ from cluster.config import Config
 from cluster.core import Deadline, GroupInfo, Membership
 from cluster.engine.engine import Engine
 from cluster.engine.text import load_tokenizer
+from cluster.errors import CheckpointError
 from cluster.experts.group import visible_devices
 from cluster.model.packed import Chunk, SequenceKv
 from cluster.model.trunk import Trunk
@@ -60,7 +61,7 @@ class Router:
         dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
         tokenizer = load_tokenizer(checkpoint.path)
-        self.fabric.start()
+        self.fabric.start(config.start_timeout_s)
         kv_bytes_per_token = self._warm_up()
         self.engine = Engine(self._trunk.forward, tokenizer, config.engine, kv_bytes_per_token, threads)
         info = self._model_info(skeleton, has_tokenizer=tokenizer is not None)
@@ -183,14 +184,20 @@ def _group_status(info: GroupInfo, kind: str, healthy: bool) -> control_pb2.Grou
 def end_ids(checkpoint: Checkpoint) -> set[int]:
     """End ids of generation_config.json, or of config.json where there is none."""
     file = checkpoint.path / "generation_config.json"
-    found = None
     if file.exists():
         try:
             found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as exc:
-            log.warning("generation_config.json cannot be read: %s", exc)
-    if found is None:
-        found = getattr(checkpoint.config.get_text_config(decoder=True), "eos_token_id", None)
-    if found is None:
-        return set()
-    return {int(i) for i in found} if isinstance(found, list) else {int(found)}
+            return _ids(found) if found is not None else end_ids_of_config(checkpoint)
+        except (OSError, ValueError, TypeError, AttributeError) as exc:
+            raise CheckpointError(f"--model: {str(file)!r} cannot be read: {exc}") from exc
+    return end_ids_of_config(checkpoint)
+
+
+def end_ids_of_config(checkpoint: Checkpoint) -> set[int]:
+    """End ids of config.json."""
+    found = getattr(checkpoint.config.get_text_config(decoder=True), "eos_token_id", None)
+    return _ids(found) if found is not None else set()
+
+
+def _ids(found: object) -> set[int]:
+    return {int(i) for i in found} if isinstance(found, list) else {int(found)}  # type: ignore[call-overload]

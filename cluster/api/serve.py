@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.api.frontend import Frontend
@@ -20,7 +21,7 @@ from cluster.api.status import as_known, grpc_status
 from cluster.config import Config
 from cluster.core import Membership
 from cluster.errors import InternalError, Unavailable
-from cluster.rpc.v1 import control_pb2, inference_pb2
+from cluster.rpc.v1 import inference_pb2
 
 FETCH_TIMEOUT_S = 5.0
 
@@ -55,7 +56,7 @@ class RouterShell:
         assert self._coordinator is not None
         try:
             membership: Membership = self._coordinator.membership.remote().result(timeout_s=FETCH_TIMEOUT_S)
-        except (RayError, TimeoutError) as exc:
+        except (RayError, RayServeException, TimeoutError) as exc:
             raise Unavailable(f"the coordinator does not answer: {type(exc).__name__}") from exc
         return membership
 
@@ -117,7 +118,7 @@ class RouterShell:
         return _call(grpc_context, inference_pb2.DetokenizeReply, lambda: self._frontend.detokenize(parsed(request)))
 
     async def Status(self, request: Any, grpc_context: Any) -> Any:
-        return _call(grpc_context, control_pb2.StatusReply, self._frontend.status)
+        return await self._frontend.status()
 
     async def Check(self, request: Any, grpc_context: Any) -> Any:
         status = self._health.status(request.service)

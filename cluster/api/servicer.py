@@ -57,7 +57,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         self._frontend = frontend
 
     async def Status(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> control_pb2.StatusReply:
-        return await _answer(context, lambda: _now(self._frontend.status))
+        return await _answer(context, self._frontend.status)
 
 
 class Unparsed:

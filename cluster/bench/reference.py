@@ -54,4 +54,5 @@ def _dequantized(path: Path, dtype: torch.dtype) -> Any:
                     factor = scale[..., row // rows, column // columns]
                     tensor[..., row : row + rows, column : column + columns] *= factor[..., None, None]
         state[name] = tensor
-    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[arg-type]
+    kind: Any = type(AutoModelForCausalLM.from_config(config))
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -50,8 +50,9 @@ def serve(
         with composition.RaySession(settings, progress):
             stop.arm()  # Ray has put its own handlers in place
             deployment = composition.deploy(plan, progress)
-            file = instances.announce(deployment.address)
+            file = None
             try:
+                file = instances.announce(deployment.address)
                 progress(f"serving {Path(settings.model).name} on {deployment.address}; Ctrl-C stops")
                 stop.wait()
                 progress(f"draining: running requests have {settings.drain_s:g} s")
@@ -61,7 +62,8 @@ def serve(
             finally:
                 progress("stopping")
                 deployment.remove()
-                file.unlink(missing_ok=True)
+                if file is not None:
+                    file.unlink(missing_ok=True)
 
 
 def stop(

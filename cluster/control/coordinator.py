@@ -90,7 +90,10 @@ class Coordinator:
 
     def _follow(self) -> None:
         while not self._stop.wait(POLL_PERIOD_S):
-            self.poll()
+            try:
+                self.poll()
+            except Exception:
+                log.exception("polling the groups failed")
 
     def membership(self) -> Membership:
         """The newest table and the groups it names."""

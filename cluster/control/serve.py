@@ -13,7 +13,6 @@ from cluster.core import GroupId, GroupInfo, Membership
 from cluster.errors import Unavailable
 
 ASK_TIMEOUT_S = 2.0
-START_TIMEOUT_S = 300.0
 _EPOCH_KEY = b"expertmesh:epoch"
 
 
@@ -46,9 +45,9 @@ def ask_group(group: GroupId) -> GroupInfo:
 class CoordinatorShell:
     """Deployment ``coordinator`` of the application ``expertmesh``."""
 
-    def __init__(self, experts_per_layer: Sequence[int], groups: Sequence[GroupId]) -> None:
+    def __init__(self, experts_per_layer: Sequence[int], groups: Sequence[GroupId], start_timeout_s: float) -> None:
         self._coordinator = Coordinator(experts_per_layer, groups, ask_group, next_epoch())
-        self._coordinator.start(START_TIMEOUT_S)
+        self._coordinator.start(start_timeout_s)
 
     def membership(self) -> Membership:
         """See `Coordinator`."""

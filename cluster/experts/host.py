@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.core import Clock, LayerCall
-from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded
+from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded, Unavailable
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class ExpertHost:
         self._tickets = itertools.count()
         self._queued_bytes = 0
         self._ready = threading.Condition()
-        self._closed = False
+        self._closed = self._busy = False
         self.calls = 0
         self._progress_s = clock()
         self._threads = threads
@@ -56,7 +56,7 @@ class ExpertHost:
         size = rows.hidden_TH.numel() * rows.hidden_TH.element_size()
         with self._ready:
             if self._closed:
-                error: ExpertMeshError | None = InternalError("the group is shutting down")
+                error: ExpertMeshError | None = Unavailable("the group is shutting down")
             elif self._queued_bytes + size > self._max_bytes and self._heap:
                 error = Overloaded(f"{self._queued_bytes} bytes are queued; the limit is {self._max_bytes}")
             else:
@@ -73,9 +73,9 @@ class ExpertHost:
         pending.fail(DeadlineExceeded("the call was cancelled"))
 
     def progress_age_s(self) -> float:
-        """Seconds since the thread last finished a call or had nothing to do."""
+        """Seconds since the thread last finished or began a call; 0 when it has nothing to do."""
         with self._ready:
-            return 0.0 if not self._heap else self._clock() - self._progress_s
+            return self._clock() - self._progress_s if self._heap or self._busy else 0.0
 
     def close(self) -> None:
         """Ends the thread; queued calls fail."""
@@ -84,7 +84,7 @@ class ExpertHost:
             queued, self._heap = self._heap, []
             self._ready.notify()
         for entry in queued:
-            entry[-1].fail(InternalError("the group is shutting down"))
+            entry[-1].fail(Unavailable("the group is shutting down"))
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
@@ -99,8 +99,10 @@ class ExpertHost:
                     return
                 _, _, queued_s, call, rows, pending = heapq.heappop(self._heap)
                 self._queued_bytes -= rows.hidden_TH.numel() * rows.hidden_TH.element_size()
+                self._busy, self._progress_s = True, self._clock()
             self._answer(queued_s, call, rows, pending)
-            self._progress_s = self._clock()
+            with self._ready:
+                self._busy, self._progress_s = False, self._clock()
 
     def _answer(self, queued_s: float, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
         started_s = self._clock()

@@ -22,6 +22,7 @@ from cluster.transport.grpc_link import CHANNEL_OPTIONS
 log = logging.getLogger(__name__)
 
 ALL_INTERFACES = ("0.0.0.0", "[::]")
+HANDSHAKE_TIMEOUT_S = 5.0
 MAX_ROUTERS = 64
 """Each stream holds one thread of the server."""
 
@@ -68,7 +69,10 @@ class ExpertsServicer(experts_pb2_grpc.ExpertsServicer):
     def LayerCalls(
         self, request_iterator: Iterator[experts_pb2.ToGroup], context: grpc.ServicerContext
     ) -> Iterator[experts_pb2.FromGroup]:
+        impatience = threading.Timer(HANDSHAKE_TIMEOUT_S, context.cancel)
+        impatience.start()
         first = next(request_iterator, None)
+        impatience.cancel()
         problem = self._refusal(first)
         if problem:
             log.warning("link refused: %s", problem)

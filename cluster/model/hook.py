@@ -19,6 +19,8 @@ from cluster.errors import UnsupportedModel
 from cluster.model.packed import current_batch, packed_mask
 
 NAME = "expertmesh"
+PIECE_LIMIT = 2 * 1024 * 1024
+"""Rows times keys of one call for one sequence: scores of 32 heads in fp32 stay under 256 MiB."""
 WHOLE_BATCH_LIMIT = 128 * 1024
 """Rows times keys that one attention call may have: a decode step of 16 sequences of 500 tokens has as many."""
 
@@ -71,15 +73,18 @@ def _attention(
 
     ``query`` is [1, heads, T, dim], ``key`` and ``value`` [1, heads, S, dim] of all sequences, the mask [1, 1, T, S];
     the result is [1, T, heads, dim]. One call attends for the whole batch and throws away what crosses sequences;
-    where that would be too much, there is one call a sequence.
+    where that would be too much, there is one call a sequence, and for long ones several.
     """
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    eager: Any = sys.modules[type(module).__module__].eager_attention_forward
     batch = current_batch()
-    if len(batch.spans) == 1 or query.shape[2] * key.shape[2] <= WHOLE_BATCH_LIMIT:
+    if query.shape[2] * key.shape[2] <= WHOLE_BATCH_LIMIT:
         return eager(module, query, key, value, attention_mask, *args, **kwargs)[0], None
     pieces = []
     for (start, end), (first, last) in zip(batch.spans, batch.key_spans, strict=True):
-        mask = attention_mask[:, :, start:end, first:last]
         keys, values = key[:, :, first:last], value[:, :, first:last]
-        pieces.append(eager(module, query[:, :, start:end], keys, values, mask, *args, **kwargs)[0])
+        rows = max(1, PIECE_LIMIT // (last - first))
+        for at in range(start, end, rows):
+            piece = slice(at, min(at + rows, end))
+            mask = attention_mask[:, :, piece, first:last]
+            pieces.append(eager(module, query[:, :, piece], keys, values, mask, *args, **kwargs)[0])
     return torch.cat(pieces, dim=1), None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from cluster.errors import InternalError
+from cluster.errors import InternalError, UnsupportedModel
 
 
 class SequenceKv:
@@ -92,6 +92,8 @@ class PackedBatch:
         """Additive mask [1, 1, T, S]: ``mask_function`` (the model's own: causal, windowed, ...) within a sequence,
         the lowest value of ``dtype`` elsewhere."""
         zero = torch.zeros((), dtype=torch.int64, device=self.ids.device)
+        if bool(mask_function(zero, zero, zero, zero + 1)):
+            raise UnsupportedModel("--model: its attention sees later tokens; only causal models are served")
         allowed = mask_function(zero, zero, self.positions_T[:, None], self.key_positions_S[None, :])
         allowed = allowed & (self._query_sequence_T[:, None] == self._key_sequence_S[None, :])
         lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.ids.device)

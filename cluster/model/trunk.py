@@ -108,19 +108,30 @@ class Trunk:
 
 def _assign(model: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Puts the tensors in place of meta parameters, moves buffers, and ties weights again."""
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
-        value = tensor.to(device)
-        if key in module._parameters:
-            module._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[key] = value
+    placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+    for name, tensor in placed.items():
+        _place(model, name, tensor)
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[key] = buffer.to(device)
     model.tie_weights()
-    model.config.use_cache = True
-    if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False
+    tied = model.state_dict()
+    for name, tensor in placed.items():
+        # A checkpoint that says its head is tied and stores another one means the one that it stores.
+        if tied[name].data_ptr() != tensor.data_ptr() and not torch.equal(tied[name], tensor):
+            _place(model, name, tensor)
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.use_cache, config.return_dict = True, True
+        for switch in ("output_router_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, switch, False):
+                setattr(config, switch, False)
+
+
+def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if key in module._parameters:
+        module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[key] = tensor

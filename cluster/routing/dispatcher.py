@@ -96,16 +96,18 @@ class Dispatcher:
         sent_s = self._clock()
         step.ledger.add(Stage.DISPATCH, sent_s - started_s)
         combined_TH = torch.zeros(local_TH.shape, dtype=torch.float32)
-        patience = Deadline.after(self._group_wait_s, self._clock)
         waiting = Deadline.after(self._call_timeout_s, self._clock)
         combine_s = 0.0
         replies: list[tuple[float, LayerReply]] = []
-        for part in parts:
-            reply = self._await(step, layer, part, waiting, patience)
-            arrived_s = self._clock()
-            combined_TH.index_add_(0, part.row_index, reply.partial_TH)
-            combine_s += self._clock() - arrived_s
-            replies.append((part.pending.answered_s if part.pending is not None else arrived_s, reply))
+        try:
+            for part in parts:
+                reply = self._await(step, layer, part, waiting)
+                arrived_s = self._clock()
+                combined_TH.index_add_(0, part.row_index, reply.partial_TH)
+                combine_s += self._clock() - arrived_s
+                replies.append((part.pending.answered_s if part.pending is not None else arrived_s, reply))
+        finally:
+            self._cancel_unanswered(parts)
         self._account(step.ledger, sent_s, combine_s, replies)
         return combined_TH.to(hidden_TH.device)
 
@@ -166,32 +168,40 @@ class Dispatcher:
 
     # -- waiting and trying again ----------------------------------------------------------------------------------
 
-    def _await(self, step: StepContext, layer: int, part: _Part, waiting: Deadline, patience: Deadline) -> LayerReply:
+    def _await(self, step: StepContext, layer: int, part: _Part, waiting: Deadline) -> LayerReply:
         """The part's reply, from its group or, when that fails, from whoever the newest table names."""
         error = part.error
         if part.pending is not None:
             try:
                 return part.pending.wait(waiting)
-            except DeadlineExceeded as exc:
-                if part.link is not None:
-                    part.link.cancel(part.pending)
-                error = exc
             except ExpertMeshError as exc:
                 error = exc
         assert error is not None
         if not isinstance(error, _RETRIED):
             raise InternalError(f"{self._names(layer, part)}: {error}") from error
+        self._cancel_unanswered([part])
         log.warning("layer %d: call to group %d failed (%s); sending it again", layer, part.group, error)
-        while not patience.expired():
+        patience = Deadline.after(self._group_wait_s, self._clock)
+        while True:
             self._sleep(min(RETRY_PAUSE_S, patience.remaining_s()))
+            last_try = patience.expired()
             try:
                 self._fabric.refresh()
-                return self._again(step, layer, part, patience)
+                return self._again(step, layer, part)
             except _RETRIED as exc:
                 error = exc
-        raise Unavailable(f"{self._names(layer, part)} did not answer for {self._group_wait_s:g} s: {error}") from error
+            if last_try:
+                what = self._names(layer, part)
+                raise Unavailable(f"{what} did not answer for {self._group_wait_s:g} s: {error}") from error
 
-    def _again(self, step: StepContext, layer: int, part: _Part, patience: Deadline) -> LayerReply:
+    @staticmethod
+    def _cancel_unanswered(parts: list[_Part]) -> None:
+        """Nobody waits for these any more: their groups need not compute them."""
+        for part in parts:
+            if part.pending is not None and part.link is not None and not part.pending.done():
+                part.link.cancel(part.pending)
+
+    def _again(self, step: StepContext, layer: int, part: _Part) -> LayerReply:
         """Sends the pairs of a failed part anew; the sum over its rows as one reply."""
         rows = part.rows
         pieces = self._split(
@@ -201,14 +211,17 @@ class Dispatcher:
         self._send(step, layer, pieces)
         total_TH = torch.zeros(rows.hidden_TH.shape, dtype=torch.float32)
         queue_s = compute_s = 0.0
-        limit = patience.earlier(Deadline.after(self._call_timeout_s, self._clock))
-        for piece in pieces:
-            if piece.error is not None:
-                raise piece.error
-            assert piece.pending is not None
-            reply = piece.pending.wait(limit)
-            total_TH.index_add_(0, piece.row_index, reply.partial_TH)
-            queue_s, compute_s = max(queue_s, reply.queue_s), max(compute_s, reply.compute_s)
+        limit = Deadline.after(self._call_timeout_s, self._clock)
+        try:
+            for piece in pieces:
+                if piece.error is not None:
+                    raise piece.error
+                assert piece.pending is not None
+                reply = piece.pending.wait(limit)
+                total_TH.index_add_(0, piece.row_index, reply.partial_TH)
+                queue_s, compute_s = max(queue_s, reply.queue_s), max(compute_s, reply.compute_s)
+        finally:
+            self._cancel_unanswered(pieces)
         part.pending = None
         return LayerReply(total_TH, queue_s, compute_s)
 

@@ -23,7 +23,6 @@ Connect = Callable[[GroupInfo, Deadline], Transport]
 CONNECT_TIMEOUT_S = 5.0
 REFRESH_PERIOD_S = 1.0
 RETRY_S = 0.2
-START_TIMEOUT_S = 300.0
 
 
 class Fabric:
@@ -45,7 +44,7 @@ class Fabric:
 
     # -- following the coordinator ---------------------------------------------------------------------------------
 
-    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+    def start(self, timeout_s: float) -> None:
         """Waits for a table and for a link to each of its groups, then follows the coordinator in the background.
 
         Raises:
@@ -103,6 +102,8 @@ class Fabric:
                     self.link(group)
             except ExpertMeshError as exc:
                 log.warning("placement refresh: %s", exc)
+            except Exception:
+                log.exception("placement refresh failed")
 
     # -- what the dispatcher asks ----------------------------------------------------------------------------------
 
@@ -127,13 +128,20 @@ class Fabric:
         with self._lock:
             if group in self._links and self._stale(group):
                 self._drop(group)
+            if group in self._links:
+                return self._links[group]
+            info = self._membership.groups.get(group)
+        if info is None:
+            raise LinkBroken(f"group {group} is not among the living groups")
+        # Not under the lock: a host that does not answer would stop everybody who asks for a table.
+        made = self._connect(info, Deadline.after(CONNECT_TIMEOUT_S, self._clock))
+        with self._lock:
             if group not in self._links:
-                info = self._membership.groups.get(group)
-                if info is None:
-                    raise LinkBroken(f"group {group} is not among the living groups")
-                self._links[group] = self._connect(info, Deadline.after(CONNECT_TIMEOUT_S, self._clock))
-                self._incarnations[group] = info.incarnation
-            return self._links[group]
+                self._links[group], self._incarnations[group] = made, info.incarnation
+                return made
+            other = self._links[group]
+        made.close()
+        return other
 
     def link_states(self) -> dict[GroupId, tuple[str, bool]]:
         """(transport, healthy) of every link."""

@@ -22,11 +22,12 @@ def process_facts() -> ProcessFacts:
     """Facts of this process. Memory is 0 where the system has no ``/proc``."""
     rss = anonymous = 0
     try:
-        for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+        # Not smaps_rollup: it walks the page tables, 67 ms a GiB, with the process's memory map locked.
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             name, _, rest = line.partition(":")
-            if name == "Rss":
+            if name == "VmRSS":
                 rss = int(rest.split()[0]) * 1024
-            elif name == "Anonymous":
+            elif name == "RssAnon":
                 anonymous = int(rest.split()[0]) * 1024
     except OSError:
         pass

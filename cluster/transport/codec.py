@@ -16,6 +16,7 @@ from cluster.errors import (
     InvalidArgument,
     MissingExperts,
     Overloaded,
+    Unavailable,
 )
 from cluster.rpc.v1 import experts_pb2
 from cluster.transport.base import LayerReply, LayerRows
@@ -140,6 +141,8 @@ def encode_error(call_id: int, error: ExpertMeshError) -> experts_pb2.LayerReply
         message.status = experts_pb2.REPLY_STATUS_BAD_CALL
     elif isinstance(error, DeadlineExceeded):
         message.status = experts_pb2.REPLY_STATUS_EXPIRED
+    elif isinstance(error, Unavailable):
+        message.status = experts_pb2.REPLY_STATUS_UNAVAILABLE
     else:
         message.status = experts_pb2.REPLY_STATUS_INTERNAL
     return message
@@ -151,7 +154,7 @@ def decode_reply(
     """The reply of a message, checked against the call it answers.
 
     Raises:
-        MissingExperts, Overloaded, DeadlineExceeded, InternalError: what the group answered.
+        MissingExperts, Overloaded, DeadlineExceeded, Unavailable, InternalError: what the group answered.
         InvalidArgument: the payload does not have the call's shape.
     """
     status = message.status
@@ -161,6 +164,8 @@ def decode_reply(
         raise Overloaded(message.error)
     if status == experts_pb2.REPLY_STATUS_EXPIRED:
         raise DeadlineExceeded(message.error)
+    if status == experts_pb2.REPLY_STATUS_UNAVAILABLE:
+        raise Unavailable(message.error)
     if status != experts_pb2.REPLY_STATUS_OK:
         raise InternalError(f"group {group}: {message.error}")
     partial_TH = tensor_from(message.partial, torch.float32, (num_tokens, hidden_size), "partial")

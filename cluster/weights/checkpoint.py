@@ -79,21 +79,22 @@ class Checkpoint:
         quantization = self.config_dict.get("quantization_config")
         if not quantization:
             return None
-        method = quantization.get("quant_method", "unknown")
-        block = quantization.get("weight_block_size")
-        if method != "fp8" or not isinstance(block, list) or len(block) != 2:
-            raise UnsupportedModel(
-                f"--model: {str(self.path)!r} is quantised with {method!r}; only DeepSeek's block-scaled fp8 "
-                "(quant_method fp8 with weight_block_size) is read: dequantise the checkpoint first"
-            )
-        return int(block[0]), int(block[1])
+        fields = quantization if isinstance(quantization, dict) else {}
+        method, block = fields.get("quant_method", "unknown"), fields.get("weight_block_size")
+        good = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+        if method == "fp8" and block is not None and good:
+            return block[0], block[1]
+        raise UnsupportedModel(
+            f"--model: {str(self.path)!r} is quantised with {method!r}; only DeepSeek's block-scaled fp8 "
+            "(quant_method fp8 with weight_block_size) is read: dequantise the checkpoint first"
+        )
 
     def _load_config(self) -> PretrainedConfig:
         if "model_type" not in self.config_dict:
             raise CheckpointError(f"--model: {str(self.path / 'config.json')!r} has no model_type")
         try:
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, OSError, TypeError, AttributeError) as exc:
+        except Exception as exc:
             reason = " ".join(str(exc).split())[:200]
             raise UnsupportedModel(
                 f"--model: transformers cannot read the config of model_type {self.arch!r}: {reason}"
@@ -109,6 +110,8 @@ class Checkpoint:
             weight_map = self._read_json(index_file.name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"--model: {str(index_file)!r} has no weight_map")
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"--model: {str(index_file)!r} names files that are no text")
             files = sorted(set(weight_map.values()))
         elif (self.path / "model.safetensors").exists():
             weight_map, files = None, ["model.safetensors"]

@@ -44,6 +44,7 @@ class WeightMap:
         self.checkpoint, self.skeleton = checkpoint, skeleton
         self._state = skeleton.model.state_dict()
         self._sources = self._match()
+        self._check_complete()
 
     def _match(self) -> dict[str, _Source]:
         model = self.skeleton.model
@@ -69,6 +70,26 @@ class WeightMap:
                 "%d tensors belong to no parameter of %s, such as %s", len(ignored), self.checkpoint.arch, ignored[0]
             )
         return sources
+
+    def _check_complete(self) -> None:
+        """Names what is missing now, from the headers alone, and not when processes are loading."""
+        multiple = any(s.converter is not None and len(s.converter.target_patterns) > 1 for s in self._sources.values())
+        # Where one tensor fills several parameters, only the conversion knows which; `read_trunk` looks again.
+        missing = [] if multiple else [name for name in self.trunk_names() if name not in self._sources]
+        for layer in self.skeleton.moe_layers:
+            for key, _ in layer.module.named_parameters():
+                target = f"{layer.prefix}.{key}"
+                if target not in self._sources:
+                    missing.append(target)
+                    continue
+                for pattern, names in self._sources[target].names.items():
+                    if "*" in pattern and len(names) != layer.num_experts:
+                        raise CheckpointError(
+                            f"--model: layer {layer.prefix!r} has {len(names)} tensors like {names[0]!r}, "
+                            f"the config says {layer.num_experts} experts"
+                        )
+        if missing:
+            raise missing_message(self.checkpoint, missing)
 
     # -- trunk ---------------------------------------------------------------------------------------------------
 
@@ -147,13 +168,8 @@ class WeightMap:
         for pattern, names in source.names.items():
             rows: list[int] | None = None
             if pick is not None:
-                layer, experts = pick
+                experts = pick[1]
                 if "*" in pattern:
-                    if len(names) != layer.num_experts:
-                        raise CheckpointError(
-                            f"--model: layer {layer.prefix!r} has {len(names)} tensors like {names[0]!r}, "
-                            f"the config says {layer.num_experts} experts"
-                        )
                     names = [names[expert] for expert in experts]
                 else:
                     rows = experts

@@ -72,11 +72,14 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, experts_implementation=experts
             )
-    except (ValueError, KeyError, AttributeError, NotImplementedError, ImportError) as exc:
+    except Exception as exc:
         raise UnsupportedModel(
             f"--model: {arch}: transformers cannot build it: {' '.join(str(exc).split())[:200]}"
         ) from exc
     model.eval()
+    empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
+    if empty:
+        raise CheckpointError(f"--model: {arch}: the config gives {empty[0]!r} no elements; a size in it is 0")
     modules = [
         (name, module)
         for name, module in model.named_modules()
@@ -95,6 +98,11 @@ def build_skeleton(
             raise UnsupportedModel(f"--model: {arch}: its experts have {what}, which expert groups do not compute")
         layers.append(MoeLayer(index, name, module, int(module.num_experts)))
     text_config = config.get_text_config(decoder=True)
+    if (
+        not getattr(text_config, "is_causal", True)
+        or getattr(text_config, "use_bidirectional_attention", None) == "all"
+    ):
+        raise UnsupportedModel(f"--model: {arch}: its config asks for attention to later tokens; only causal is served")
     per_token = next(
         (
             int(value)
@@ -111,7 +119,7 @@ def _check_cache(checkpoint: Checkpoint) -> None:
     """Refuses models whose cache is more than keys and values a token, as transformers itself would build it."""
     try:
         cache = DynamicCache(config=checkpoint.config)
-    except (ValueError, KeyError, AttributeError, TypeError) as exc:
+    except Exception as exc:
         raise UnsupportedModel(
             f"--model: {checkpoint.arch}: transformers builds no plain key-value cache for it: {exc}"
         ) from exc

@@ -174,6 +174,10 @@ def make_model(
         raise InvalidArgument("--seed", seed, "must be 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgument("--out", str(out), "must be a new or empty directory")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise InvalidArgument("--out", str(out), f"cannot be made: {exc.strerror}") from exc
     settings = dict(TINY[arch] if preset == "tiny" else BENCH_700M)
     config = AutoConfig.for_model(arch, **settings)
     progress(f"building {arch} ({preset})")
@@ -186,7 +190,7 @@ def make_model(
 
 @torch.no_grad()
 def fill(model: Any, seed: int) -> None:
-    """Random weights of standard deviation 1 / sqrt(fan in) and more for gates and experts; norms around 1."""
+    """Random weights of standard deviation 1 / sqrt(fan in), twice that for gates; norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     transposed = {name for name, module in model.named_modules() if getattr(module, "is_transposed", False)}
     norms = {
@@ -206,6 +210,6 @@ def fill(model: Any, seed: int) -> None:
         else:
             fan_in = tensor.shape[-2] if owner in transposed else tensor.shape[-1]
             gate = re.search(r"(gate|router)(\.layer)?$", owner) is not None
-            gain = 2.0 if gate or ".experts" in name else 1.0
+            gain = 2.0 if gate else 1.0  # more for experts would amplify rounding over many layers
             tensor.copy_(gain / math.sqrt(fan_in) * noise)
     model.tie_weights()

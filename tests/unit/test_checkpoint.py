@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cluster.bench.reference import Reference
 from cluster.errors import CheckpointError, UnsupportedModel
 from cluster.weights.checkpoint import Checkpoint, dequantize_blocks
 from cluster.weights.layouts import LAYOUTS, quantize_blocks
@@ -130,12 +131,36 @@ def test_missing_weights_are_named(tiny: MakeTiny, tmp_path: Path) -> None:
     path = copy(tiny("qwen3_moe"), tmp_path / "trunk")
     change_tensors(path, "layers.1.self_attn.q_proj")
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj"):
-        weights(path).read_trunk(torch.float32)
+        weights(path)
     path = copy(tiny("qwen3_moe"), tmp_path / "expert")
     change_tensors(path, "layers.1.mlp.experts.3.up_proj")
-    map_ = weights(path)
     with pytest.raises(CheckpointError, match="15 tensors"):
-        map_.read_experts(map_.skeleton.moe_layers[1], [0], torch.float32)
+        weights(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("hidden_size", "64"),
+        ("hidden_size", -4),
+        ("rope_parameters", [1]),
+        ("max_position_embeddings", "x"),
+        ("quantization_config", "x"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [0, 0]}),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": ["a", "b"]}),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_a_typed_error_in_one_line(
+    key: str, value: object, tiny: MakeTiny, tmp_path: Path
+) -> None:
+    path = copy(tiny("mixtral"), tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    config[key] = value
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        weights(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_quantisation_is_refused_by_name(tiny: MakeTiny, tmp_path: Path) -> None:
@@ -145,3 +170,14 @@ def test_other_quantisation_is_refused_by_name(tiny: MakeTiny, tmp_path: Path) -
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match="mxfp4"):
         Checkpoint(path)
+
+
+def test_the_oracle_multiplies_fp8_out_by_itself_and_agrees(tiny: MakeTiny) -> None:
+    path = tiny("deepseek_v3", "fp8")
+    wanted = Reference(path, torch.float32)._model.state_dict()
+    trunk = weights(path).read_trunk(torch.float32)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in trunk.items())
+    assert not torch.equal(
+        wanted["model.layers.0.mlp.gate_proj.weight"],
+        weights(tiny("deepseek_v3")).read_trunk(torch.float32)["model.layers.0.mlp.gate_proj.weight"],
+    )

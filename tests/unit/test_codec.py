@@ -13,6 +13,7 @@ from cluster.errors import (
     InvalidArgument,
     MissingExperts,
     Overloaded,
+    Unavailable,
 )
 from cluster.rpc.v1 import experts_pb2
 from cluster.transport.base import LayerReply, LayerRows
@@ -82,6 +83,7 @@ def test_a_reply_survives_and_its_shape_is_checked() -> None:
         Overloaded("full"),
         DeadlineExceeded("late"),
         InternalError("broken"),
+        Unavailable("shutting down"),
     ],
 )
 def test_errors_arrive_as_what_they_are(error: ExpertMeshError) -> None:

@@ -49,11 +49,14 @@ class FakeLink:
             pending.fail(error)
         else:
             delay = self.world.delays.get(self.group, 0.0)
-            threading.Timer(delay, lambda: pending.resolve(LayerReply(compute(rows), 0.001, 0.002))).start()
+            timer = threading.Timer(delay, lambda: pending.resolve(LayerReply(compute(rows), 0.001, 0.002)))
+            timer.daemon = True
+            timer.start()
         return pending
 
     def cancel(self, pending: PendingReply) -> None:
         self.world.cancelled.append(pending.call.call_id)
+        pending.fail(LinkBroken("cancelled"))
 
     def healthy(self) -> bool:
         return self.group not in self.world.dead
@@ -161,6 +164,20 @@ def test_a_group_that_comes_back_within_patience_is_waited_for() -> None:
     threading.Timer(0.15, world.dead.clear).start()
     got = world.dispatcher(group_wait_s=5.0)(StepContext(1), 0, *given)
     assert torch.allclose(got, wanted(*given), atol=1e-5)
+
+
+def test_a_timed_out_call_is_sent_again_also_when_patience_is_shorter_than_the_call() -> None:
+    world, given = World(2), batch(8)
+    world.delays = {1: 30.0}
+
+    def hasten(_group: int, call: LayerCall) -> None:
+        if call.call_id > 2:
+            world.delays = {}
+
+    world.fail = hasten
+    dispatcher = world.dispatcher(call_timeout_s=0.2, group_wait_s=0.1)
+    assert torch.allclose(dispatcher(StepContext(1), 0, *given), wanted(*given), atol=1e-5)
+    assert dispatcher.resent_calls == 1
 
 
 def test_experts_that_stay_away_end_in_unavailable_naming_them() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,7 @@ def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(
     arch: str, limit: int, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hook, "WHOLE_BATCH_LIMIT", limit)
+    monkeypatch.setattr(hook, "PIECE_LIMIT", 100)
     path = tiny(arch, seed=random.randrange(10_000))
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = [[random.randrange(512) for _ in range(length)] for length in PROMPT_LENGTHS]
@@ -63,6 +66,29 @@ def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(
             wanted = oracle(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :]
         assert wanted.argmax(-1).tolist() == chosen
         assert (wanted - got).abs().max() <= 1e-4 * wanted.std()
+
+
+def test_a_head_that_is_said_to_be_tied_and_stored_apart_is_the_stored_one(tiny: MakeTiny, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny("mixtral"), tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompt = [random.randrange(512) for _ in range(20)]
+    with in_process_router(path) as router:
+        tokens, logits = serve_ragged(router, [prompt], chunk=7)
+    with torch.inference_mode():
+        wanted = oracle(torch.tensor([prompt + tokens[0][:-1]])).logits[0, len(prompt) - 1 :]
+    assert (wanted - logits[0]).abs().max() <= 1e-4 * wanted.std()
+
+
+def test_switches_that_change_what_a_model_returns_are_turned_off(tiny: MakeTiny, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny("qwen3_moe"), tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    switches = {"return_dict": False, "output_router_logits": True, "output_attentions": True, "use_cache": False}
+    (path / "config.json").write_text(json.dumps({**config, **switches}))
+    prompt = [random.randrange(512) for _ in range(20)]
+    with in_process_router(path) as router, in_process_router(tiny("qwen3_moe")) as plain:
+        assert serve_ragged(router, [prompt], chunk=7)[0] == serve_ragged(plain, [prompt], chunk=7)[0]
 
 
 def logits_of(path: Path, state: dict[str, torch.Tensor] | None = None, **config: object) -> torch.Tensor:

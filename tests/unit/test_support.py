@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from cluster.errors import UnsupportedModel
+from cluster.model.packed import Chunk, PackedBatch, SequenceKv
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.skeleton import build_skeleton
 from tests.conftest import MakeTiny
@@ -55,3 +57,19 @@ def test_rotary_scaling_that_depends_on_the_batch_limits_the_context(tiny: MakeT
     assert skeleton.context_length == 128
     assert "longrope" in skeleton.context_why
     assert build_skeleton(Checkpoint(source), torch.float32).context_length == 512
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+def test_attention_to_later_tokens_is_refused(arch: str, tiny: MakeTiny, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny(arch), tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    with pytest.raises(UnsupportedModel, match="later tokens"):
+        build_skeleton(Checkpoint(path), torch.float32)
+
+
+def test_a_mask_that_shows_later_tokens_is_refused_whatever_the_config_says() -> None:
+    batch = PackedBatch([Chunk([1, 2, 3], SequenceKv(3))], torch.device("cpu"))
+    batch.mask(lambda _b, _h, query, key: key <= query, torch.float32)
+    with pytest.raises(UnsupportedModel, match="later tokens"):
+        batch.mask(lambda _b, _h, query, key: (key - query).abs() < 2, torch.float32)

@@ -38,6 +38,8 @@ class _ReplyStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplyStat
     """The group failed to compute."""
     REPLY_STATUS_EXPIRED: _ReplyStatus.ValueType  # 6
     """The time of the call was up before it was computed."""
+    REPLY_STATUS_UNAVAILABLE: _ReplyStatus.ValueType  # 7
+    """The group is shutting down."""
 
 class ReplyStatus(_ReplyStatus, metaclass=_ReplyStatusEnumTypeWrapper): ...
 
@@ -54,6 +56,8 @@ REPLY_STATUS_INTERNAL: ReplyStatus.ValueType  # 5
 """The group failed to compute."""
 REPLY_STATUS_EXPIRED: ReplyStatus.ValueType  # 6
 """The time of the call was up before it was computed."""
+REPLY_STATUS_UNAVAILABLE: ReplyStatus.ValueType  # 7
+"""The group is shutting down."""
 Global___ReplyStatus: _TypeAlias = ReplyStatus  # noqa: Y015
 
 @_typing.final
