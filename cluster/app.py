@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.serve.config import gRPCOptions
 
 from cluster import errors
+from cluster.api.ports import free_port, wait_for_port
 from cluster.api.router import Router
 from cluster.api.serve import RouterShell
 from cluster.config import Config, split_address
@@ -187,7 +187,7 @@ class RaySession:
         _, port = split_address("listen", self._config.listen)
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": "127.0.0.1", "port": _free_port()},
+            http_options={"host": "127.0.0.1", "port": free_port()},
             grpc_options=gRPCOptions(port=port, grpc_servicer_functions=GRPC_FUNCTIONS),
         )
 
@@ -274,7 +274,7 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         route = "/" if config.front_door == "serve" else None
         _run([*targets, serve.RunTarget(_router(plan, gpus), name=APP, route_prefix=route)])
         if config.front_door == "serve":
-            _wait_for_ingress(config.listen)
+            wait_for_port(config.listen, INGRESS_TIMEOUT_S)
         else:
             port = serve.get_app_handle(APP).port.remote().result(timeout_s=30)
             deployment.address = f"{split_address('listen', config.listen)[0]}:{port}"
@@ -282,21 +282,6 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         deployment.remove()
         raise
     return deployment
-
-
-def _wait_for_ingress(listen: str) -> None:
-    """Serve's gRPC port is opened by a proxy that starts on its own time, and only if Serve was started with one."""
-    _, port = split_address("listen", listen)
-    deadline = Deadline.after(INGRESS_TIMEOUT_S)
-    while not deadline.expired():
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise ConfigError(
-        f"front_door: Serve opened no gRPC port {port} within {INGRESS_TIMEOUT_S:g} s; if Serve ran on this cluster "
-        "before, it keeps the ports it was started with: use --front-door router, or shut Serve down first"
-    )
 
 
 def _gpus_each(plan: Plan) -> int:
@@ -380,27 +365,6 @@ def _origin(text: str) -> ExpertMeshError:
             return error
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return InternalError(f"a process failed to start: {lines[-1] if lines else 'no reason was given'}")
-
-
-def check_port(listen: str) -> None:
-    """Raises ConfigError when ``host:port`` cannot be bound now."""
-    host, port = split_address("listen", listen)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), port))
-        except OSError as exc:
-            raise ConfigError(
-                f"listen: got {listen!r}; {exc.strerror or exc}; choose another port with --listen HOST:PORT"
-            ) from exc
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _one_line(exc: BaseException) -> str:

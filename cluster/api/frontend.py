@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from opentelemetry import trace
@@ -66,7 +66,7 @@ class Frontend:
 
     async def generate(
         self, message: inference_pb2.GenerateRequest, metadata: Mapping[str, str], time_left_s: float | None
-    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+    ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         """Chunks of one generation. Closing the iterator (the client left) frees the request within a step.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -85,17 +86,14 @@ class RouterShell:
     # -- Serve's gRPC ingress: the same services, with Serve's own context ---------------------------------------------
 
     async def Generate(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
-        chunks = None
         try:
             chunks = self._frontend.generate(parsed(request), _metadata(grpc_context), None)
-            async for chunk in chunks:
-                yield chunk
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
         except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
             _set_status(grpc_context, exc)
             yield inference_pb2.GenerateChunk()  # Serve carries the status with a message, and without one not at all
-        finally:
-            if chunks is not None:
-                await chunks.aclose()  # type: ignore[attr-defined]
 
     async def GenerateOnce(self, request: Any, grpc_context: Any) -> Any:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -26,8 +27,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for chunk in self._frontend.generate(parsed(request), _metadata(context), context.time_remaining()):
-                yield chunk
+            chunks = self._frontend.generate(parsed(request), _metadata(context), context.time_remaining())
+            async with aclosing(chunks):  # a client that leaves frees its request now, not when garbage is collected
+                async for chunk in chunks:
+                    yield chunk
         except Exception as exc:  # noqa: BLE001 (mapped to a status; the client never sees a stack trace)
             await _abort(context, exc)
 

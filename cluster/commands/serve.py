@@ -42,8 +42,9 @@ def serve(
     settings = load_config(config, flags)
     from cluster import app as composition
     from cluster.api import instances
+    from cluster.api.ports import check_port
 
-    composition.check_port(settings.listen)
+    check_port(settings.listen)
     with stopping() as stop, reporting() as progress:
         progress(f"checking {settings.model}")
         plan = composition.make_plan(settings)
