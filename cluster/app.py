@@ -30,7 +30,7 @@ from cluster.api.ports import free_port, wait_for_port
 from cluster.api.router import Router
 from cluster.api.serve import RouterShell
 from cluster.config import Config, split_address
-from cluster.control.serve import CoordinatorShell, group_app
+from cluster.control.serve import GROUP_APP_PREFIX, CoordinatorShell, group_app
 from cluster.core import Deadline, GroupInfo, Membership
 from cluster.errors import ConfigError, ExpertMeshError, InternalError, Unavailable
 from cluster.experts.group import ExpertGroup
@@ -234,14 +234,35 @@ class Deployment:
 
     def remove(self) -> None:
         """Deletes the applications and waits until they are gone."""
-        for app in self.apps:
-            serve.delete(app, _blocking=False)
-        deadline = Deadline.after(REMOVE_TIMEOUT_S)
-        while set(self.apps) & set(serve.status().applications):
-            if deadline.expired():
-                raise Unavailable(f"Serve did not remove the applications within {REMOVE_TIMEOUT_S:g} s")
-            time.sleep(0.1)
+        remove_applications(self.apps)
         self.apps = []
+
+
+def applications() -> list[str]:
+    """Names of ExpertMesh's applications on the Ray cluster that the process is connected to."""
+    return sorted(name for name in serve.status().applications if name == APP or name.startswith(GROUP_APP_PREFIX))
+
+
+def remove_all() -> list[str]:
+    """Deletes all of them, whoever put them there; returns their names."""
+    names = applications()
+    remove_applications(names)
+    return names
+
+
+def remove_applications(names: Sequence[str]) -> None:
+    """Deletes applications and waits until they are gone.
+
+    Raises:
+        Unavailable: some are still there after a minute.
+    """
+    for name in names:
+        serve.delete(name, _blocking=False)
+    deadline = Deadline.after(REMOVE_TIMEOUT_S)
+    while set(names) & set(serve.status().applications):
+        if deadline.expired():
+            raise Unavailable(f"Serve did not remove the applications within {REMOVE_TIMEOUT_S:g} s")
+        time.sleep(0.1)
 
 
 def deploy(plan: Plan, progress: Progress) -> Deployment:
@@ -256,11 +277,11 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     if single_host:
         check_fits(plan.processes, available_bytes(), "this machine")
     gpus = _gpus_each(plan)
-    taken = {name for name in serve.status().applications if name == APP or name.startswith("experts-")}
+    taken = applications()
     if taken:
         raise ConfigError(
-            f"address: ExpertMesh serves on this cluster already ({', '.join(sorted(taken))}); stop it first, or use "
-            "another cluster"
+            f"address: ExpertMesh serves on this cluster already ({', '.join(taken)}); stop it first (where its "
+            "`serve` is gone: `expertmesh stop --address ...`), or use another cluster"
         )
     deployment = Deployment(plan, config.listen)
     try:

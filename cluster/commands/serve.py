@@ -69,10 +69,22 @@ def serve(
 
 def stop(
     server: Annotated[str | None, typer.Option("--server", help="Only the server on this HOST:PORT.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Remove what is left on this Ray cluster by a `serve` that is gone.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it to drain and end.")] = 90.0,
     as_json: Json = False,
 ) -> None:
     """Stop servers that `serve` started on this machine: drain, then end."""
+    if address is not None:
+        from cluster import app as composition
+
+        with reporting() as progress, composition.RaySession(load_config(flags={"address": address}), progress):
+            removed = composition.remove_all()
+        stderr.print(f"removed: {', '.join(removed) or 'nothing'}")
+        if as_json:
+            emit({"stopped": removed, "running": []})
+        return
     from cluster.api import instances
 
     targets = [item for item in instances.running() if server is None or item.address == server]

@@ -13,12 +13,13 @@ from cluster.core import GroupId, GroupInfo, Membership
 from cluster.errors import Unavailable
 
 ASK_TIMEOUT_S = 2.0
+GROUP_APP_PREFIX = "experts-"
 _EPOCH_KEY = b"expertmesh:epoch"
 
 
 def group_app(group: GroupId) -> str:
     """Name of the Serve application of a group."""
-    return f"experts-{group}"
+    return f"{GROUP_APP_PREFIX}{group}"
 
 
 def next_epoch() -> int:

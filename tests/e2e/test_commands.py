@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MakeTiny
-from tests.e2e.processes import COMMAND, descendants, free_port, last_json, run, survivors
+from tests.e2e.processes import COMMAND, ServeProcess, descendants, free_port, last_json, run, survivors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +104,21 @@ def test_verify_exits_1_on_a_planted_error(kind: str, ray_address: str, tiny: Ma
     done = run("verify", "--model", str(served), "--reference", str(tiny("qwen3_moe")), *flags, "--json")
     assert done.returncode == 1, done.stderr
     assert last_json(done)["problems"]
+
+
+def test_what_a_killed_serve_leaves_on_a_joined_cluster_is_seen_and_removed(
+    ray_address: str, tiny: MakeTiny, tmp_path: Path
+) -> None:
+    model = str(tiny("qwen3_moe"))
+    process = ServeProcess("--model", model, "--groups", "1", "--address", ray_address, log=tmp_path / "log")
+    process.process.kill()
+    process.process.wait(30)
+    done = run("verify", "--model", model, "--groups", "1", "--address", ray_address)
+    assert done.returncode == 2
+    assert "experts-0" in done.stderr
+    done = run("stop", "--address", ray_address, "--json")
+    assert last_json(done)["stopped"] == ["expertmesh", "experts-0"]
+    assert last_json(run("stop", "--address", ray_address, "--json"))["stopped"] == []
 
 
 def test_more_gpus_than_the_cluster_has_is_refused_with_numbers(ray_address: str, tiny: MakeTiny) -> None:
