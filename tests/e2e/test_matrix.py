@@ -49,12 +49,14 @@ def test_bench_700m_and_its_memory(tmp_path: Path, tiny: MakeTiny) -> None:
     verify([path], [2], "--prompts", "2", "--tokens", "16", "--in-flight", "2")
     anonymous = {}
     for name, model in (("empty", tiny("qwen3_moe")), ("bench", path)):
-        process = ServeProcess("--model", str(model), "--groups", "2", "--dtype", "fp32", log=tmp_path / name)
+        process = ServeProcess("--model", str(model), "--groups", "2", "--dtype", "fp32", log=tmp_path / f"{name}.log")
         with Client(process.address) as client:
             status = client.status()
         process.stop()
         anonymous[name] = status.router.anonymous_bytes
-    assert status.trunk_bytes > 400e6
+    print(f"router anonymous {anonymous}, trunk {status.trunk_bytes}")
+    print("groups", [(g.process.anonymous_bytes, g.expert_bytes) for g in status.groups])
+    assert status.trunk_bytes > 350e6
     assert anonymous["bench"] - anonymous["empty"] < 1.3 * status.trunk_bytes
     assert all(group.process.anonymous_bytes < 1.3 * group.expert_bytes + anonymous["empty"] for group in status.groups)
 
@@ -78,4 +80,5 @@ def test_memory_of_the_router_stays_where_it_is(tmp_path: Path) -> None:
             after = client.status().router.rss_bytes
     finally:
         process.stop()
+    print(f"router resident {before} bytes after 100 requests, {after} after 500")
     assert after < 1.02 * before, f"{before} -> {after} bytes"
