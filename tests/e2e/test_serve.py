@@ -135,6 +135,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import grpc
 from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+assert inference_pb2.__file__.startswith(sys.argv[1]), inference_pb2.__file__
 channel = grpc.insecure_channel(sys.argv[2])
 inference = inference_pb2_grpc.InferenceStub(channel)
 control = control_pb2_grpc.ControlStub(channel)
@@ -164,6 +165,8 @@ def test_a_client_made_from_the_proto_files_alone_streams_and_cancels(served: Se
     protos = [str(path) for path in (ROOT / "protos").rglob("*.proto")]
     tool = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}"]
     subprocess.run([*tool, f"--python_out={stubs}", f"--grpc_python_out={stubs}", *protos], check=True, timeout=60)
+    for folder in ("cluster", "cluster/rpc", "cluster/rpc/v1"):
+        (stubs / folder / "__init__.py").touch()  # or the installed package of the same name would come first
     script = tmp_path / "client.py"
     script.write_text(CLIENT)
     done = subprocess.run(
