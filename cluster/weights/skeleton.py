@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -152,11 +151,6 @@ def _context_length(config: Any) -> tuple[int, str]:
         if kind == "longrope" and original and int(original) < length:
             length, why = int(original), f"original_max_position_embeddings of {kind} rotary scaling"
     return length, why
-
-
-def check_transformers() -> str:
-    """Version of transformers, for reports."""
-    return str(transformers.__version__)
 
 
 def missing_message(checkpoint: Checkpoint, names: list[str]) -> CheckpointError:
