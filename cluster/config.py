@@ -23,7 +23,7 @@ from cluster.errors import ConfigError
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "embedded"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-TRANSPORTS = ("auto", "grpc", "inproc")
+TRANSPORTS = ("auto", "shm", "grpc", "nccl", "gloo", "inproc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,16 @@ class DataPlaneConfig:
     """Links from routers to groups."""
 
     transport: str = "auto"
-    """auto, grpc, or inproc (groups in the router's own process)."""
+    """auto (the best that both ends of a link can do), shm, grpc, nccl, gloo, or a list with one for each group, such
+    as shm,grpc; or inproc (groups in the router's own process)."""
     bind: str = "127.0.0.1"
     """Interface that a group's data-plane server listens on."""
     call_timeout_s: float = 60.0
     """A layer call without an answer for that long counts as lost."""
     group_wait_s: float = 30.0
     """How long a step waits for a group that is gone to come back before its requests fail."""
+    payload_timeout_s: float = 10.0
+    """A transfer over nccl or gloo that takes longer breaks its link; gRPC carries on."""
     secret: str = ""
     """Shared by all processes of one cluster; made afresh by `serve` when empty."""
 
@@ -93,7 +96,7 @@ class Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("front_door", self.front_door, ("router", "serve"))
-        _one_of("data_plane.transport", self.data_plane.transport, TRANSPORTS)
+        self._check_transport()
         _at_least("groups", self.groups, 0)
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
@@ -103,7 +106,31 @@ class Config:
         _at_least("engine.max_deadline_s", self.engine.max_deadline_s, 0.001)
         _at_least("data_plane.call_timeout_s", self.data_plane.call_timeout_s, 0.001)
         _at_least("data_plane.group_wait_s", self.data_plane.group_wait_s, 0)
+        _at_least("data_plane.payload_timeout_s", self.data_plane.payload_timeout_s, 0.001)
         split_address("listen", self.listen)
+
+    def _check_transport(self) -> None:
+        kinds = self.transports(self.groups)
+        for kind in kinds:
+            _one_of("data_plane.transport", kind, TRANSPORTS)
+        if len(kinds) > 1 and "inproc" in kinds and len(set(kinds)) > 1:
+            raise ConfigError("data_plane.transport: inproc is for all groups or none")
+
+    def transports(self, num_groups: int) -> list[str]:
+        """The transport of each group's link.
+
+        Raises:
+            ConfigError: a list that has another length.
+        """
+        kinds = [kind.strip() for kind in self.data_plane.transport.split(",")]
+        if len(kinds) == 1:
+            return kinds * max(1, num_groups)
+        if len(kinds) != num_groups:
+            raise ConfigError(
+                f"data_plane.transport: got {len(kinds)} transports for {num_groups} groups; give one for all, or one "
+                "for each group"
+            )
+        return kinds
 
 
 def split_address(name: str, value: str) -> tuple[str, int]:

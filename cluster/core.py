@@ -10,6 +10,7 @@ import enum
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Clock = Callable[[], float]
 """Monotonic seconds."""
@@ -95,12 +96,13 @@ class FinishReason(enum.Enum):
 class Priority(enum.IntEnum):
     """Order in which a group takes layer calls: lower first."""
 
-    DECODE = 0
-    PREFILL = 1
+    RESENT = 0
+    """A call that failed elsewhere: a whole step has waited for it already."""
+    DECODE = 1
+    PREFILL = 2
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCall:
+class LayerCall(NamedTuple):
     """Header of one message from a router to a group: which layer, under which table, on whose behalf.
 
     ``timeout_ms`` is the time left for the call when it was sent (clocks of two hosts are never compared).

@@ -19,12 +19,13 @@ from cluster.errors import CheckpointError
 from cluster.experts.group import visible_devices
 from cluster.model.packed import Chunk, SequenceKv
 from cluster.model.trunk import Trunk
+from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
 from cluster.routing.fabric import Fabric
-from cluster.rpc.v1 import control_pb2, experts_pb2, inference_pb2
+from cluster.rpc.v1 import control_pb2, inference_pb2, links_pb2
 from cluster.telemetry.memory import process_facts
 from cluster.transport.base import Transport
-from cluster.transport.grpc_link import GrpcTransport
+from cluster.transport.link import LinkStatus
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
 from cluster.weights.skeleton import Skeleton
@@ -32,6 +33,7 @@ from cluster.weights.skeleton import Skeleton
 log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 8
+NO_LINK = LinkStatus(kind="", healthy=False, why="no link yet", wanted="")
 
 
 class Router:
@@ -57,7 +59,7 @@ class Router:
         dtype = resolve_dtype(config.dtype, checkpoint.dtype, device.type == "cuda")
         self._dtype = DTYPE_NAMES[dtype]
         torch.set_num_threads(threads)
-        self.fabric = Fabric(fetch, local_links or self._connect)
+        self.fabric = Fabric(fetch, local_links or self._connector())
         dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
         tokenizer = load_tokenizer(checkpoint.path)
@@ -76,11 +78,15 @@ class Router:
         )
         self.served = Served(self.engine, tokenizer, limits, info, self.status)
 
-    def _connect(self, info: GroupInfo, deadline: Deadline) -> Transport:
-        hello = experts_pb2.Hello(
-            fingerprint=self._checkpoint.fingerprint, dtype=self._dtype, secret=self._config.data_plane.secret
+    def _connector(self) -> Connector:
+        data_plane, kinds = self._config.data_plane, self._config.transports(self._config.groups)
+        hello = links_pb2.Hello(
+            fingerprint=self._checkpoint.fingerprint,
+            dtype=self._dtype,
+            secret=data_plane.secret,
+            router=f"router-{os.getpid()}",
         )
-        return GrpcTransport(info.group, info.address, hello, deadline, router=f"router-{os.getpid()}")
+        return Connector(hello, lambda group: kinds[group % len(kinds)], self._device, data_plane.payload_timeout_s)
 
     def _warm_up(self) -> int:
         """One step through trunk and groups; returns key-value bytes a token."""
@@ -119,8 +125,7 @@ class Router:
             trunk_bytes=self._trunk.num_bytes,
         )
         for group, info in sorted(membership.groups.items()):
-            kind, healthy = links.get(group, ("", False))
-            reply.groups.append(_group_status(info, kind, healthy))
+            reply.groups.append(_group_status(info, *links.get(group, (NO_LINK, 0))))
         reply.router.CopyFrom(
             control_pb2.ProcessStatus(
                 pid=facts.pid,
@@ -149,6 +154,8 @@ class Router:
         reply.loops.add(name="fabric", progress_age_s=self.fabric.progress_age_s())
         reply.loops.add(name="coordinator", progress_age_s=membership.progress_age_s)
         reply.loops.add(name="engine", progress_age_s=self.engine.progress_age_s())
+        for group, (link, _) in sorted(links.items()):
+            reply.loops.add(name=f"link-{group}", progress_age_s=link.progress_age_s)
         return reply
 
     def close(self) -> None:
@@ -157,12 +164,21 @@ class Router:
         self.fabric.close()
 
 
-def _group_status(info: GroupInfo, kind: str, healthy: bool) -> control_pb2.GroupStatus:
+def _group_status(info: GroupInfo, link: LinkStatus, reconnects: int) -> control_pb2.GroupStatus:
     status = control_pb2.GroupStatus(
         group=info.group,
-        healthy=healthy,
+        healthy=link.healthy,
         address=info.address,
-        transport=kind,
+        transport=link.kind,
+        link=control_pb2.LinkReport(
+            wanted=link.wanted,
+            why=link.why,
+            fallbacks=link.fallbacks,
+            returns=link.returns,
+            reconnects=reconnects,
+            last_failure=link.failure,
+            last_failure_age_s=link.failure_age_s,
+        ),
         expert_bytes=info.expert_bytes,
         calls=info.calls,
         incarnation=info.incarnation,

@@ -75,7 +75,8 @@ class ExpertBank:
 
     @torch.inference_mode()
     def compute(self, layer: int, rows: LayerRows) -> torch.Tensor:
-        """Per row of ``rows.hidden_TH`` the sum over its pairs of gate weight times expert output, fp32 [T, H].
+        """Per row of ``rows.hidden_TH`` the sum over its pairs of gate weight times expert output, fp32 [T, H],
+        on the bank's device.
 
         Experts are run grouped: each one once, over all its rows. Pairs are summed in order of expert id, so the
         result depends on the rows alone.
@@ -94,7 +95,7 @@ class ExpertBank:
         experts_P, rows_P, weight_P = rows.pair_expert_P.long(), rows.pair_row_P.long(), rows.pair_weight_P
         partial_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=self.device)
         if experts_P.numel() == 0:
-            return partial_TH.cpu()
+            return partial_TH
         num_experts = bank.slot_of_E.numel()
         if int(experts_P.min()) < 0 or int(experts_P.max()) >= num_experts:
             raise InvalidArgument("pair_expert", int(experts_P.max()), f"must be from 0 to {num_experts - 1}")
@@ -113,7 +114,7 @@ class ExpertBank:
             output = _expert_forward(bank, slot, hidden_TH[index])
             partial_TH.index_add_(0, index, output.float() * weight_P[start : start + count, None])
             start += count
-        return partial_TH.cpu()
+        return partial_TH
 
 
 def _load_layer(

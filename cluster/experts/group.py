@@ -12,10 +12,13 @@ from cluster.config import Config
 from cluster.core import GroupId, GroupInfo
 from cluster.experts.bank import ExpertBank
 from cluster.experts.host import ExpertHost
-from cluster.experts.server import DataPlaneServer, Identity
+from cluster.experts.identity import Identity
+from cluster.experts.server import DataPlaneServer, Offers
+from cluster.experts.shm_server import ShmServer
 from cluster.placement.planner import Holdings
 from cluster.telemetry.memory import process_facts
 from cluster.transport.base import LayerRows
+from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
 from cluster.weights.mapping import WeightMap
@@ -52,18 +55,21 @@ class ExpertGroup:
         self._warm_up(hidden_size, dtype)
         self._started_s = time.monotonic()
         identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
-        self._server = DataPlaneServer(identity, self.host, config.data_plane.bind, host_address) if listen else None
+        self.shm_server: ShmServer | None = None
+        self.server: DataPlaneServer | None = None
+        if listen:
+            data_plane = config.data_plane
+            self.shm_server = ShmServer(identity, self.host)
+            offers = Offers(
+                self.shm_server.address, self._device, pci_address(self._device), data_plane.payload_timeout_s
+            )
+            self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers)
 
     def _warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Runs every expert of every layer once, so that no first request pays for lazy set-up."""
         for layer, experts in enumerate(self.bank.holdings):
             count = len(experts)
-            rows = LayerRows(
-                torch.randn(1, hidden_size).to(dtype),
-                torch.zeros(count, dtype=torch.int32),
-                torch.tensor(experts, dtype=torch.int32),
-                torch.ones(count),
-            )
+            rows = LayerRows.of(torch.randn(1, hidden_size).to(dtype), [0] * count, experts, 1.0)
             self.bank.compute(layer, rows)
 
     def info(self) -> GroupInfo:
@@ -71,7 +77,7 @@ class ExpertGroup:
         facts = process_facts()
         return GroupInfo(
             group=self.group,
-            address=self._server.address if self._server is not None else "",
+            address=self.server.address if self.server is not None else "",
             incarnation=self._incarnation,
             holdings=self.bank.holdings,
             fingerprint=self._fingerprint,
@@ -88,9 +94,10 @@ class ExpertGroup:
         )
 
     def close(self) -> None:
-        """Ends the server and the compute thread."""
-        if self._server is not None:
-            self._server.close()
+        """Ends the servers and the compute thread."""
+        for server in (self.server, self.shm_server):
+            if server is not None:
+                server.close()
         self.host.close()
 
 

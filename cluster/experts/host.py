@@ -1,7 +1,8 @@
 """One expert group: a bounded queue of layer calls and the one thread that computes them.
 
-Decode calls are taken before prefill calls. Whoever carries the calls (gRPC server, in-process link) only queues
-them and is told when they are done.
+Calls that were sent again and decode calls are taken before prefill calls. Whoever carries the calls (gRPC server,
+in-process link) only queues them and is told when they are done. Local sockets are read by the compute thread itself
+between two calls, so that a call over shared memory meets one thread only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[[int, LayerRows], torch.Tensor]
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
+MAX_ROUNDS = 64
+"""Looks at the sockets before the next call is computed, whatever still comes in."""
 
 
 class ExpertHost:
@@ -43,8 +48,12 @@ class ExpertHost:
         self._heap: list[tuple[int, int, float, LayerCall, LayerRows, PendingReply]] = []
         self._tickets = itertools.count()
         self._queued_bytes = 0
-        self._ready = threading.Condition()
-        self._closed = self._busy = False
+        self._lock = threading.Lock()
+        self._closed = self._busy = self._asleep = False
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._bell, select.EPOLLIN)
+        self._watched: dict[int, Callable[[int], None]] = {}
         self.calls = 0
         self._progress_s = clock()
         self._threads = threads
@@ -53,18 +62,20 @@ class ExpertHost:
 
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
         """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait."""
-        size = rows.hidden_TH.numel() * rows.hidden_TH.element_size()
-        with self._ready:
+        size = rows.hidden_TH.nbytes
+        error: ExpertMeshError | None = None
+        with self._lock:
             if self._closed:
-                error: ExpertMeshError | None = Unavailable("the group is shutting down")
+                error = Unavailable("the group is shutting down")
             elif self._queued_bytes + size > self._max_bytes and self._heap:
                 error = Overloaded(f"{self._queued_bytes} bytes are queued; the limit is {self._max_bytes}")
             else:
-                error = None
                 self._queued_bytes += size
                 entry = (int(call.priority), next(self._tickets), self._clock(), call, rows, pending)
                 heapq.heappush(self._heap, entry)
-                self._ready.notify()
+                if self._asleep:
+                    self._asleep = False
+                    os.eventfd_write(self._bell, 1)
         if error is not None:
             pending.fail(error)
 
@@ -72,17 +83,36 @@ class ExpertHost:
         """The call is skipped if it is still queued."""
         pending.fail(DeadlineExceeded("the call was cancelled"))
 
+    def watch(self, fd: int, ready: Callable[[int], None]) -> None:
+        """From now on ``ready(epoll events)`` is called in the compute thread when ``fd`` can be read. It must not
+        block and reads one message a call."""
+        with self._lock:
+            self._watched[fd] = ready
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def want_write(self, fd: int, wanted: bool) -> None:
+        """``ready`` is called too when ``fd`` can be written."""
+        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+
+    def unwatch(self, fd: int) -> None:
+        """Ends `watch`. To be called before ``fd`` is closed."""
+        with self._lock:
+            self._watched.pop(fd, None)
+        self._epoll.unregister(fd)
+
     def progress_age_s(self) -> float:
         """Seconds since the thread last finished or began a call; 0 when it has nothing to do."""
-        with self._ready:
+        with self._lock:
             return self._clock() - self._progress_s if self._heap or self._busy else 0.0
 
     def close(self) -> None:
         """Ends the thread; queued calls fail."""
-        with self._ready:
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
             queued, self._heap = self._heap, []
-            self._ready.notify()
+            os.eventfd_write(self._bell, 1)
         for entry in queued:
             entry[-1].fail(Unavailable("the group is shutting down"))
         self._thread.join(timeout=10)
@@ -91,18 +121,41 @@ class ExpertHost:
         if self._threads:
             torch.set_num_threads(self._threads)
         while True:
-            with self._ready:
-                while not self._heap and not self._closed:
-                    self._ready.wait(1.0)
-                    self._progress_s = self._clock()
+            self._listen()
+            with self._lock:
                 if self._closed:
                     return
+                self._progress_s = self._clock()
+                if not self._heap:
+                    continue
                 _, _, queued_s, call, rows, pending = heapq.heappop(self._heap)
-                self._queued_bytes -= rows.hidden_TH.numel() * rows.hidden_TH.element_size()
-                self._busy, self._progress_s = True, self._clock()
+                self._queued_bytes -= rows.hidden_TH.nbytes
+                self._busy = True
             self._answer(queued_s, call, rows, pending)
-            with self._ready:
-                self._busy, self._progress_s = False, self._clock()
+            del rows, pending  # what they hold may be memory of a link
+            self._progress_s, self._busy = self._clock(), False
+
+    def _listen(self) -> None:
+        """Reads what the sockets have; waits for it, or for a call, when nothing is queued."""
+        with self._lock:
+            self._asleep = not self._heap and not self._closed
+        wait_s = 1.0 if self._asleep else 0.0
+        for _ in range(MAX_ROUNDS):
+            events = self._epoll.poll(wait_s)
+            self._asleep = False
+            if not events:
+                return
+            for fd, event in events:
+                if fd == self._bell:
+                    os.eventfd_read(self._bell)
+                    continue
+                ready = self._watched.get(fd)
+                if ready is not None:
+                    try:
+                        ready(event)
+                    except Exception:
+                        log.exception("reading a local socket failed")
+            wait_s = 0.0
 
     def _answer(self, queued_s: float, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
         started_s = self._clock()

@@ -1,148 +1,231 @@
-"""The data-plane server of a group: the gRPC stream of layer calls in front of an `ExpertHost`."""
+"""The data plane of a group on the network: the gRPC stream of layer calls in front of an `ExpertHost`."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
+import torch
 
 from cluster.core import GroupId, LayerCall
-from cluster.errors import ConfigError, ExpertMeshError
-from cluster.rpc.v1 import experts_pb2, experts_pb2_grpc
-from cluster.transport.base import CallHandler, LayerReply, PendingReply
-from cluster.transport.codec import PROTOCOL_VERSION, decode_call, encode_error, encode_reply
-from cluster.transport.grpc_link import CHANNEL_OPTIONS
+from cluster.errors import ConfigError, ExpertMeshError, LinkBroken
+from cluster.experts.identity import Identity
+from cluster.rpc.v1 import links_pb2
+from cluster.transport.base import CallHandler, LayerReply, LayerRows, PendingReply
+from cluster.transport.codec import (
+    FORM_BYTES,
+    Kind,
+    Placement,
+    call_id_of,
+    decode_announced,
+    decode_call,
+    decode_call_id,
+    decode_form,
+    decode_ids,
+)
+from cluster.transport.collective import GROUP_RANK, PayloadPair, Store, available
+from cluster.transport.grpc_link import CHANNEL_OPTIONS, METHOD, SERVICE
+from cluster.transport.handshake import decode_hello, encode_welcome
+from cluster.transport.replies import (
+    encode_error,
+    encode_reply,
+    reply_header,
+)
 
 log = logging.getLogger(__name__)
 
+_CALL, _CANCEL = int(Kind.CALL), int(Kind.CANCEL)
 ALL_INTERFACES = ("0.0.0.0", "[::]")
 HANDSHAKE_TIMEOUT_S = 5.0
-MAX_ROUTERS = 64
-"""Each stream holds one thread of the server."""
+MAX_STREAMS = 128
+"""Each stream holds one thread of the server; a router has one or two."""
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What a router must know to be let in, and what it is told."""
+class Offers:
+    """Other ways to this group, as routers are told."""
 
-    group: GroupId
-    incarnation: str
-    fingerprint: str
-    dtype: str
-    secret: str
+    shm_socket: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gpu: str = ""
+    payload_timeout_s: float = 10.0
+
+
+class _Stream:
+    """One router's stream: frames that wait to be sent, calls in flight, and its process groups if it has any."""
+
+    def __init__(self, group: GroupId, handler: CallHandler) -> None:
+        self.group, self._handler = group, handler
+        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.calls: dict[int, PendingReply] = {}
+        self._order = threading.Lock()
+        self.payload: PayloadPair | None = None
+
+    def end(self, error: LinkBroken | None = None) -> None:
+        """The stream's sender stops."""
+        if error is not None:
+            log.warning("link ended: %s", error)
+        self.outbox.put(None)
+
+    def close(self) -> None:
+        """Calls in flight are not computed any more."""
+        for pending in list(self.calls.values()):
+            self._handler.cancel(pending)
+        if self.payload is not None:
+            self.payload.close()
+
+    def answer(self, call_id: int, reply: LayerReply) -> None:
+        """Sends an answer: behind its header, or announced and then by the process group."""
+        if self.payload is None:
+            self.outbox.put(encode_reply(call_id, reply))
+            return
+        with self._order:
+            self.outbox.put(reply_header(call_id, reply, Placement.ANNOUNCED))
+            self.payload.send(reply.partial_TH)
+
+    def take(self, frame: bytes) -> None:
+        """One frame of the router.
+
+        Raises:
+            LinkBroken: the payload that it announces did not come.
+            InvalidArgument: it is neither call nor cancellation, or so damaged that not even its id is known.
+        """
+        kind = frame[0] if frame else 0
+        if kind == _CANCEL:
+            cancelled = self.calls.get(decode_call_id(frame))
+            if cancelled is not None:
+                self._handler.cancel(cancelled)
+            return
+        if kind != _CALL:
+            raise LinkBroken("a frame that is neither a call nor a cancellation")
+        try:
+            if self.payload is None:
+                call, rows = decode_call(frame)
+            else:
+                form = decode_form(frame[:FORM_BYTES])
+                call, num_pairs = decode_ids(frame)
+                hidden_TH = self.payload.receive(form.dtype, (form.num_tokens, form.hidden_size))
+                rows = LayerRows(hidden_TH, decode_announced(frame, num_pairs))
+        except LinkBroken:
+            raise
+        except ExpertMeshError as exc:
+            call_id = call_id_of(frame)
+            if not call_id:
+                raise
+            self.outbox.put(encode_error(call_id, exc))
+            return
+        pending = _StreamReply(self, call)
+        self.calls[call.call_id] = pending
+        self._handler.submit(call, rows, pending)
 
 
 class _StreamReply(PendingReply):
-    """Puts the answer on the stream's outbox as soon as it is there."""
+    """Goes to the stream as soon as it is there. Nobody waits for it, so taking it from the stream's calls is all that
+    decides who answers first."""
 
-    def __init__(
-        self, group: GroupId, call: LayerCall, outbox: queue.SimpleQueue[experts_pb2.FromGroup | None]
-    ) -> None:
-        super().__init__(group, call)
-        self._outbox = outbox
+    __slots__ = ("_stream",)
 
-    def resolve(self, reply: LayerReply) -> bool:
-        first = super().resolve(reply)
-        if first:
-            self._outbox.put(experts_pb2.FromGroup(reply=encode_reply(self.call.call_id, reply)))
-        return first
+    def __init__(self, stream: _Stream, call: LayerCall) -> None:
+        self._stream, self.call = stream, call
+
+    def done(self) -> bool:
+        return self.call.call_id not in self._stream.calls
+
+    def resolve(self, reply: LayerReply, answered_s: float | None = None) -> bool:
+        if self._stream.calls.pop(self.call.call_id, None) is None:
+            return False
+        self._stream.answer(self.call.call_id, reply)
+        return True
 
     def fail(self, error: ExpertMeshError) -> bool:
-        first = super().fail(error)
-        if first:
-            self._outbox.put(experts_pb2.FromGroup(reply=encode_error(self.call.call_id, error)))
-        return first
+        if self._stream.calls.pop(self.call.call_id, None) is None:
+            return False
+        self._stream.outbox.put(encode_error(self.call.call_id, error))
+        return True
 
 
-class ExpertsServicer(experts_pb2_grpc.ExpertsServicer):
+class _Calls:
     """Handshake, then calls to the handler and its answers back."""
 
-    def __init__(self, identity: Identity, handler: CallHandler) -> None:
-        self._identity, self._handler = identity, handler
+    def __init__(self, identity: Identity, handler: CallHandler, offers: Offers, bind: str, host_address: str) -> None:
+        self._identity, self._handler, self._offers = identity, handler, offers
+        self._bind, self._host_address = bind, host_address
+        self._store_lock = threading.Lock()
+        self._store: Store | None = None
+        self.streams: set[grpc.ServicerContext] = set()
 
-    def LayerCalls(
-        self, request_iterator: Iterator[experts_pb2.ToGroup], context: grpc.ServicerContext
-    ) -> Iterator[experts_pb2.FromGroup]:
+    def serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The method's handler; runs in a thread of the server for as long as the stream lives."""
         impatience = threading.Timer(HANDSHAKE_TIMEOUT_S, context.cancel)
         impatience.start()
-        first = next(request_iterator, None)
+        first = next(frames, b"")
         impatience.cancel()
-        problem = self._refusal(first)
-        if problem:
+        hello = decode_hello(first)
+        problem = self._identity.refusal(hello)
+        if hello is not None and not problem and hello.payload and hello.payload not in available():
+            problem = f"this group has no {hello.payload}"
+        if problem or hello is None:
             log.warning("link refused: %s", problem)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
-        outbox: queue.SimpleQueue[experts_pb2.FromGroup | None] = queue.SimpleQueue()
-        calls: dict[int, PendingReply] = {}
-        context.add_callback(lambda: outbox.put(None))
-        reader = threading.Thread(
-            target=self._read, args=(request_iterator, outbox, calls), name="layer-calls", daemon=True
-        )
-        welcome = experts_pb2.Welcome(group=self._identity.group, incarnation=self._identity.incarnation)
-        yield experts_pb2.FromGroup(welcome=welcome)
-        reader.start()
-        while (message := outbox.get()) is not None:
-            calls.pop(message.reply.call_id, None)
-            yield message
-        for pending in list(calls.values()):
-            self._handler.cancel(pending)
-
-    def _refusal(self, first: experts_pb2.ToGroup | None) -> str:
-        mine = self._identity
-        if first is None or first.WhichOneof("message") != "hello":
-            return "the first message must be the handshake"
-        hello = first.hello
-        if not hmac.compare_digest(hello.secret.encode(), mine.secret.encode()):
-            return "the cluster secret differs"
-        if hello.protocol != PROTOCOL_VERSION:
-            return f"protocol version {hello.protocol} differs from {PROTOCOL_VERSION}"
-        if hello.fingerprint != mine.fingerprint:
-            return f"model {hello.fingerprint} differs from {mine.fingerprint}"
-        if hello.dtype != mine.dtype:
-            return f"dtype {hello.dtype} differs from {mine.dtype}"
-        return ""
-
-    def _read(
-        self,
-        requests: Iterator[experts_pb2.ToGroup],
-        outbox: queue.SimpleQueue[experts_pb2.FromGroup | None],
-        calls: dict[int, PendingReply],
-    ) -> None:
+            return
+        stream = _Stream(self._identity.group, self._handler)
+        context.add_callback(stream.end)
+        self.streams.add(context)
         try:
-            for message in requests:
-                kind = message.WhichOneof("message")
-                if kind == "cancel_call_id":
-                    cancelled = calls.pop(message.cancel_call_id, None)
-                    if cancelled is not None:
-                        self._handler.cancel(cancelled)
-                elif kind == "call":
-                    self._take(message.call, outbox, calls)
+            yield encode_welcome(self._welcome(hello))
+            threading.Thread(target=self._read, args=(frames, hello, stream), name="layer-calls", daemon=True).start()
+            while (frame := stream.outbox.get()) is not None:
+                yield frame
+        finally:
+            self.streams.discard(context)
+            stream.close()
+
+    def _welcome(self, hello: links_pb2.Hello) -> links_pb2.Welcome:
+        welcome = links_pb2.Welcome(
+            group=self._identity.group,
+            incarnation=self._identity.incarnation,
+            shm_socket=self._offers.shm_socket,
+            device=self._offers.device.type,
+            gpu=self._offers.gpu,
+            collectives=available(),
+        )
+        if hello.payload:
+            with self._store_lock:
+                if self._store is None:
+                    self._store = Store(self._bind.strip("[]"), self._host_address, self._offers.payload_timeout_s)
+            welcome.store = self._store.address
+        return welcome
+
+    def _read(self, frames: Iterator[bytes], hello: links_pb2.Hello, stream: _Stream) -> None:
+        try:
+            if hello.payload:
+                assert self._store is not None
+                stream.payload = PayloadPair(
+                    hello.payload,
+                    self._store.store,
+                    hello.generation,
+                    GROUP_RANK,
+                    self._offers.payload_timeout_s,
+                    self._offers.device,
+                    self._host_address,
+                    stream.end,
+                )
+            for frame in frames:
+                stream.take(frame)
+        except ExpertMeshError as exc:
+            log.warning("link ended: %s", exc)
         except grpc.RpcError:
             log.debug("link ended by the router")
         except Exception:  # grpc raises a bare Exception when the stream is cancelled while it is being read
             log.debug("link ended while it was read", exc_info=True)
         finally:
-            outbox.put(None)
-
-    def _take(
-        self,
-        message: experts_pb2.LayerCallMessage,
-        outbox: queue.SimpleQueue[experts_pb2.FromGroup | None],
-        calls: dict[int, PendingReply],
-    ) -> None:
-        try:
-            call, rows = decode_call(message)
-        except ExpertMeshError as exc:
-            outbox.put(experts_pb2.FromGroup(reply=encode_error(message.call_id, exc)))
-            return
-        pending = _StreamReply(self._identity.group, call, outbox)
-        calls[call.call_id] = pending
-        self._handler.submit(call, rows, pending)
+            stream.end()
 
 
 class DataPlaneServer:
@@ -153,22 +236,32 @@ class DataPlaneServer:
         ConfigError: the interface cannot be bound.
     """
 
-    def __init__(self, identity: Identity, handler: CallHandler, bind: str, host_address: str) -> None:
+    def __init__(
+        self, identity: Identity, handler: CallHandler, bind: str, host_address: str, offers: Offers | None = None
+    ) -> None:
         self._server = grpc.server(
-            ThreadPoolExecutor(max_workers=MAX_ROUTERS, thread_name_prefix="data-plane"),
+            ThreadPoolExecutor(max_workers=MAX_STREAMS, thread_name_prefix="data-plane"),
             options=(
                 *CHANNEL_OPTIONS,
                 ("grpc.so_reuseport", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ),
         )
-        experts_pb2_grpc.add_ExpertsServicer_to_server(ExpertsServicer(identity, handler), self._server)
+        host = host_address if bind in ALL_INTERFACES else bind
+        self._calls = _Calls(identity, handler, offers or Offers(), bind, host)
+        method: Any = grpc.stream_stream_rpc_method_handler(self._calls.serve)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
         try:
             port = self._server.add_insecure_port(f"{bind}:0")
         except RuntimeError as exc:
             raise ConfigError(f"data_plane.bind: cannot listen on {bind!r}: {exc}") from exc
-        self.address = f"{host_address if bind in ALL_INTERFACES else bind}:{port}"
+        self.address = f"{host}:{port}"
         self._server.start()
+
+    def drop_links(self) -> None:
+        """Ends all streams, as a fault would."""
+        for context in list(self._calls.streams):
+            context.cancel()
 
     def close(self, grace_s: float = 0.5) -> None:
         """Ends all links."""

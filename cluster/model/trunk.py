@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from cluster.core import Clock
 from cluster.errors import InternalError
+from cluster.model.ahead import AheadOfTime, shared_experts_of
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.packed import Chunk, PackedBatch, PackedCache, stepping
 from cluster.routing.dispatcher import StepContext
@@ -19,8 +21,10 @@ from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import Skeleton, build_skeleton
 
-Dispatch = Callable[[StepContext, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(step, MoE layer, hidden [T, H], expert index [T, K], gate weight [T, K]) -> fp32 [T, H]."""
+Meanwhile = Callable[[], None] | None
+Dispatch = Callable[[StepContext, int, torch.Tensor, torch.Tensor, torch.Tensor, Meanwhile], torch.Tensor]
+"""(step, MoE layer, hidden [T, H], expert index [T, K], gate weight [T, K], the router's own work while the experts are
+on their way) -> fp32 [T, H]."""
 
 
 class Trunk:
@@ -41,7 +45,8 @@ class Trunk:
         self.num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
         _assign(self.model, tensors, device)
         for moe_layer in skeleton.moe_layers:
-            attach(moe_layer.module, self._hook(moe_layer.layer))
+            shared = shared_experts_of(self.model, moe_layer.module)
+            attach(moe_layer.module, self._hook(moe_layer.layer, None if shared is None else AheadOfTime(shared)))
         takes = inspect.signature(self.model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in takes
         self._step: StepContext | None = None
@@ -63,13 +68,16 @@ class Trunk:
         tensors = WeightMap(checkpoint, skeleton).read_trunk(dtype)
         return cls(skeleton, tensors, dispatch, device), skeleton
 
-    def _hook(self, layer: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def _hook(
+        self, layer: int, ahead: AheadOfTime | None
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
         def call(hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
             step = self._step
             if step is None:
                 raise InternalError("experts were called outside a step")
             step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
-            output_TH = self._dispatch(step, layer, hidden_TH, index_TK, weight_TK)
+            meanwhile = None if ahead is None else partial(ahead.run, hidden_TH)
+            output_TH = self._dispatch(step, layer, hidden_TH, index_TK, weight_TK, meanwhile)
             self._mark_s = self._clock()
             return output_TH.to(hidden_TH.dtype)
 

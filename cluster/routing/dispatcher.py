@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.core import Clock, Deadline, GroupId, LayerCall, Priority
@@ -20,6 +22,7 @@ from cluster.errors import (
     DeadlineExceeded,
     ExpertMeshError,
     InternalError,
+    LinkBroken,
     MissingExperts,
     Overloaded,
     Unavailable,
@@ -34,6 +37,9 @@ log = logging.getLogger(__name__)
 RETRY_PAUSE_S = 0.05
 _RETRIED = (Unavailable, MissingExperts, Overloaded, DeadlineExceeded)
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
 
 @dataclass(slots=True)
 class StepContext:
@@ -47,10 +53,10 @@ class StepContext:
 
 @dataclass(slots=True)
 class _Part:
-    """One group's share of a layer: rows of the layer's batch, and pairs that index into these rows."""
+    """One group's share of a layer: rows of the layer's batch (None: all of them), and pairs that index into these."""
 
     group: GroupId
-    row_index: torch.Tensor
+    row_index: torch.Tensor | None
     rows: LayerRows
     link: Transport | None = None
     pending: PendingReply | None = None
@@ -75,11 +81,18 @@ class Dispatcher:
         self.resent_calls = 0
 
     def __call__(
-        self, step: StepContext, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+        self,
+        step: StepContext,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Output of the layer's routed experts, fp32 [T, H], on the device of ``hidden_TH``.
 
-        ``index_TK`` are logical experts, ``weight_TK`` their gate weights.
+        ``index_TK`` are logical experts, ``weight_TK`` their gate weights. ``meanwhile`` is the router's own work that
+        can be done while the groups compute; it counts as the trunk's.
 
         Raises:
             Unavailable: an expert had no answering copy for ``group_wait_s`` seconds.
@@ -87,29 +100,37 @@ class Dispatcher:
         """
         started_s = self._clock()
         num_tokens, experts_per_token = index_TK.shape
-        rows_P = torch.arange(num_tokens).repeat_interleave(experts_per_token)
-        experts_P = index_TK.reshape(-1).cpu().long()
-        weight_P = weight_TK.reshape(-1).float().cpu()
-        local_TH = hidden_TH.to(self._dtype).cpu()
+        rows_P = np.repeat(np.arange(num_tokens), experts_per_token)
+        experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
+        weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
+        local_TH = hidden_TH.to(self._dtype)
         parts = self._split(layer, local_TH, rows_P, experts_P, weight_P, experts_per_token)
-        self._send(step, layer, parts)
+        self._send(step, layer, parts, step.priority)
         sent_s = self._clock()
         step.ledger.add(Stage.DISPATCH, sent_s - started_s)
-        combined_TH = torch.zeros(local_TH.shape, dtype=torch.float32)
-        waiting = Deadline.after(self._call_timeout_s, self._clock)
+        replies: list[tuple[float, float, float]] = []
+        free_s = sent_s
         combine_s = 0.0
-        replies: list[tuple[float, LayerReply]] = []
+        waiting = Deadline.after(self._call_timeout_s, self._clock)
         try:
+            if meanwhile is not None:
+                meanwhile()
+                free_s = self._clock()
+                step.ledger.add(Stage.TRUNK, free_s - sent_s)
+            combined_TH = torch.zeros(local_TH.shape, dtype=torch.float32, device=hidden_TH.device)
             for part in parts:
                 reply = self._await(step, layer, part, waiting)
                 arrived_s = self._clock()
-                combined_TH.index_add_(0, part.row_index, reply.partial_TH)
+                _add(combined_TH, part.row_index, reply.partial_TH)
                 combine_s += self._clock() - arrived_s
-                replies.append((part.pending.answered_s if part.pending is not None else arrived_s, reply))
+                answered_s = part.pending.answered_s if part.pending is not None else arrived_s
+                replies.append((answered_s, reply.queue_s, reply.compute_s))
+                part.pending = None
+                del reply  # its rows may be memory of a link
         finally:
             self._cancel_unanswered(parts)
-        self._account(step.ledger, sent_s, combine_s, replies)
-        return combined_TH.to(hidden_TH.device)
+        self._account(step.ledger, sent_s, free_s, combine_s, replies)
+        return combined_TH
 
     # -- splitting and sending -------------------------------------------------------------------------------------
 
@@ -117,39 +138,46 @@ class Dispatcher:
         self,
         layer: int,
         hidden_TH: torch.Tensor,
-        rows_P: torch.Tensor,
-        experts_P: torch.Tensor,
-        weight_P: torch.Tensor,
+        rows_P: Ints,
+        experts_P: Ints,
+        weight_P: Floats,
         experts_per_token: int,
     ) -> list[_Part]:
-        """Parts in group order; a part of group -1 has no living copy."""
+        """Parts in group order; a part of group -1 has no living copy. ``rows_P`` ascends."""
         _, owner_E = self._fabric.owners(layer)
         owner_P = owner_E[experts_P]
         limit = max_rows(hidden_TH.shape[1], experts_per_token)
         parts = []
-        for group in torch.unique(owner_P).tolist():
-            pairs = torch.nonzero(owner_P == group).flatten()
-            row_index, pair_row = torch.unique(rows_P[pairs], return_inverse=True)
-            for first in range(0, row_index.numel(), limit):
-                chunk = row_index[first : first + limit]
-                inside = torch.nonzero((pair_row >= first) & (pair_row < first + limit)).flatten()
+        for group, pairs in _by_value(owner_P):
+            row_P = rows_P[pairs]
+            starts = np.ones(row_P.size, dtype=bool)
+            np.not_equal(row_P[1:], row_P[:-1], out=starts[1:])
+            row_index, pair_row = row_P[starts], np.cumsum(starts) - 1
+            for first in range(0, row_index.size, limit):
+                chunk, inside = row_index[first : first + limit], slice(None)
+                if row_index.size > limit:
+                    inside = slice(*np.searchsorted(pair_row, (first, first + limit)))
+                index = torch.from_numpy(chunk) if chunk.size != hidden_TH.shape[0] else None
                 chosen = pairs[inside]
-                rows = LayerRows(
-                    hidden_TH[chunk], (pair_row[inside] - first).int(), experts_P[chosen].int(), weight_P[chosen]
+                rows = LayerRows.of(
+                    hidden_TH if index is None else hidden_TH[index],
+                    pair_row[inside] - first,
+                    experts_P[chosen],
+                    weight_P[chosen],
                 )
-                parts.append(_Part(int(group), chunk, rows))
+                parts.append(_Part(group, index, rows))
         return parts
 
-    def _send(self, step: StepContext, layer: int, parts: list[_Part]) -> None:
+    def _send(self, step: StepContext, layer: int, parts: list[_Part], priority: Priority) -> None:
+        table, _ = self._fabric.owners(layer)
         for part in parts:
-            table, _ = self._fabric.owners(layer)
             call = LayerCall(
                 call_id=next(self._call_ids),
                 step_id=step.step_id,
                 layer=layer,
                 table_epoch=table.epoch,
                 table_version=table.version,
-                priority=step.priority,
+                priority=priority,
                 timeout_ms=int(self._call_timeout_s * 1000),
                 traceparent=step.traceparent,
             )
@@ -182,11 +210,16 @@ class Dispatcher:
         self._cancel_unanswered([part])
         log.warning("layer %d: call to group %d failed (%s); sending it again", layer, part.group, error)
         patience = Deadline.after(self._group_wait_s, self._clock)
+        # Where only one of a link's transports broke, the group is there and the other one carries the call at once.
+        at_once = isinstance(error, LinkBroken) and part.link is not None and part.link.healthy()
         while True:
-            self._sleep(min(RETRY_PAUSE_S, patience.remaining_s()))
+            if not at_once:
+                self._sleep(min(RETRY_PAUSE_S, patience.remaining_s()))
             last_try = patience.expired()
             try:
-                self._fabric.refresh()
+                if not at_once:
+                    self._fabric.refresh()
+                at_once = False
                 return self._again(step, layer, part)
             except _RETRIED as exc:
                 error = exc
@@ -205,11 +238,16 @@ class Dispatcher:
         """Sends the pairs of a failed part anew; the sum over its rows as one reply."""
         rows = part.rows
         pieces = self._split(
-            layer, rows.hidden_TH, rows.pair_row_P.long(), rows.pair_expert_P.long(), rows.pair_weight_P, 1
+            layer,
+            rows.hidden_TH,
+            rows.pairs_3P[0].astype(np.int64),
+            rows.pairs_3P[1].astype(np.int64),
+            rows.pairs_3P[2].view(np.float32),
+            1,
         )
         self.resent_calls += len(pieces)
-        self._send(step, layer, pieces)
-        total_TH = torch.zeros(rows.hidden_TH.shape, dtype=torch.float32)
+        self._send(step, layer, pieces, Priority.RESENT)
+        total_TH = torch.zeros(rows.hidden_TH.shape, dtype=torch.float32, device=rows.hidden_TH.device)
         queue_s = compute_s = 0.0
         limit = Deadline.after(self._call_timeout_s, self._clock)
         try:
@@ -218,7 +256,7 @@ class Dispatcher:
                     raise piece.error
                 assert piece.pending is not None
                 reply = piece.pending.wait(limit)
-                total_TH.index_add_(0, piece.row_index, reply.partial_TH)
+                _add(total_TH, piece.row_index, reply.partial_TH)
                 queue_s, compute_s = max(queue_s, reply.queue_s), max(compute_s, reply.compute_s)
         finally:
             self._cancel_unanswered(pieces)
@@ -226,14 +264,44 @@ class Dispatcher:
         return LayerReply(total_TH, queue_s, compute_s)
 
     @staticmethod
-    def _account(ledger: Ledger, sent_s: float, combine_s: float, replies: list[tuple[float, LayerReply]]) -> None:
-        """Time until the first answer by what that group says of it, and from there to the last as straggler."""
+    def _account(
+        ledger: Ledger, sent_s: float, free_s: float, combine_s: float, replies: list[tuple[float, float, float]]
+    ) -> None:
+        """Time until the first answer by what that group says of it, and from there to the last as straggler.
+
+        Time counts from ``free_s``, when the router's own work was done: what the groups did before cost nothing.
+        """
         if not replies:
             return
-        first_s, first = min(replies, key=lambda item: item[0])
-        last_s = max(answered for answered, _ in replies)
-        ledger.add(Stage.GROUP_QUEUE, first.queue_s)
-        ledger.add(Stage.GROUP_COMPUTE, first.compute_s)
-        ledger.add(Stage.WIRE, first_s - sent_s - first.queue_s - first.compute_s)
-        ledger.add(Stage.STRAGGLER, last_s - max(first_s, sent_s))
+        first_s, queue_s, compute_s = min(replies)
+        last_s = max(answered for answered, _, _ in replies)
+        hidden_s = min(free_s, first_s) - sent_s  # it passed while the router computed: the wire first
+        for stage, spent_s in (
+            (Stage.WIRE, first_s - sent_s - queue_s - compute_s),
+            (Stage.GROUP_QUEUE, queue_s),
+            (Stage.GROUP_COMPUTE, compute_s),
+        ):
+            ledger.add(stage, spent_s - hidden_s)
+            hidden_s = max(0.0, hidden_s - max(0.0, spent_s))
+        ledger.add(Stage.STRAGGLER, last_s - max(first_s, free_s))
         ledger.add(Stage.COMBINE, combine_s)
+
+
+def _by_value(values_P: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each value that occurs, ascending, with the indices where it does, ascending."""
+    if not values_P.size:
+        return
+    order_P = np.argsort(values_P, kind="stable")
+    sorted_P = values_P[order_P]
+    edges = [0, *(np.flatnonzero(sorted_P[1:] != sorted_P[:-1]) + 1).tolist(), sorted_P.size]
+    for first, last in itertools.pairwise(edges):
+        yield int(sorted_P[first]), order_P[first:last]
+
+
+def _add(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torch.Tensor) -> None:
+    """Adds rows to the rows of ``total_TH`` that they belong to (None: all)."""
+    partial_TH = partial_TH.to(total_TH.device)
+    if row_index is None:
+        total_TH.add_(partial_TH)
+    else:
+        total_TH.index_add_(0, row_index.to(total_TH.device), partial_TH)

@@ -9,17 +9,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-import torch
+import numpy as np
 
 from cluster.core import Clock, Deadline, GroupId, GroupInfo, Membership, PlacementTable
 from cluster.errors import ExpertMeshError, LinkBroken, Unavailable
 from cluster.transport.base import Transport
+from cluster.transport.link import Link, LinkStatus
 
 log = logging.getLogger(__name__)
 
 FetchMembership = Callable[[], Membership]
 Connect = Callable[[GroupInfo, Deadline], Transport]
+Owners = np.ndarray[Any, np.dtype[np.int64]]
 CONNECT_TIMEOUT_S = 5.0
 REFRESH_PERIOD_S = 1.0
 RETRY_S = 0.2
@@ -37,7 +40,8 @@ class Fabric:
         self._membership = Membership(PlacementTable(0, 0, ()))
         self._links: dict[GroupId, Transport] = {}
         self._incarnations: dict[GroupId, str] = {}
-        self._owner_LE: list[torch.Tensor] = []
+        self._owner_LE: list[Owners] = []
+        self._reconnects: dict[GroupId, int] = {}
         self._progress_s = clock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -77,9 +81,9 @@ class Fabric:
                 )
                 return
             if membership.table != self._membership.table:
-                # A plain loop over the table once per version; the dispatcher then only indexes tensors.
+                # A plain loop over the table once per version; the dispatcher then only indexes arrays.
                 self._owner_LE = [
-                    torch.tensor([groups[0] if groups else -1 for groups in experts], dtype=torch.int64)
+                    np.array([groups[0] if groups else -1 for groups in experts], dtype=np.int64)
                     for experts in membership.table.owners
                 ]
             self._membership = membership
@@ -113,7 +117,7 @@ class Fabric:
         with self._lock:
             return self._membership
 
-    def owners(self, layer: int) -> tuple[PlacementTable, torch.Tensor]:
+    def owners(self, layer: int) -> tuple[PlacementTable, Owners]:
         """The table in use, and the group of each logical expert of the layer, int64 [E] (-1: no living copy)."""
         with self._lock:
             return self._membership.table, self._owner_LE[layer]
@@ -138,15 +142,17 @@ class Fabric:
         with self._lock:
             if group not in self._links:
                 self._links[group], self._incarnations[group] = made, info.incarnation
+                self._reconnects[group] = self._reconnects.get(group, -1) + 1
                 return made
             other = self._links[group]
         made.close()
         return other
 
-    def link_states(self) -> dict[GroupId, tuple[str, bool]]:
-        """(transport, healthy) of every link."""
+    def link_states(self) -> dict[GroupId, tuple[LinkStatus, int]]:
+        """How every link is, and how often it was made anew."""
         with self._lock:
-            return {group: (link.kind, link.healthy()) for group, link in self._links.items()}
+            links, reconnects = dict(self._links), dict(self._reconnects)
+        return {group: (_status(link), reconnects.get(group, 0)) for group, link in links.items()}
 
     def progress_age_s(self) -> float:
         """Seconds since the coordinator last answered."""
@@ -160,3 +166,11 @@ class Fabric:
         with self._lock:
             for group in list(self._links):
                 self._drop(group)
+
+
+def _status(link: Transport) -> LinkStatus:
+    if isinstance(link, Link):
+        return link.status()
+    return LinkStatus(
+        kind=link.kind, healthy=link.healthy(), why="groups live in the router's process", wanted=link.kind
+    )

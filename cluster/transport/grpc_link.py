@@ -1,22 +1,45 @@
-"""The gRPC transport, router's side: one bidirectional stream to a group, calls multiplexed by id."""
+"""The gRPC transport, router's side: one bidirectional stream to a group, calls multiplexed by id.
+
+With ``payload`` "gloo" or "nccl" the stream carries headers and pairs, and the rows go by process groups.
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+import uuid
+from typing import Any
 
 import grpc
+import torch
 
 from cluster.core import Deadline, GroupId, LayerCall
-from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, LinkBroken, LinkRefused
-from cluster.rpc.v1 import experts_pb2, experts_pb2_grpc
-from cluster.transport.base import LayerRows, PendingReply
-from cluster.transport.codec import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode_reply, encode_call
+from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, LinkRefused
+from cluster.rpc.v1 import links_pb2
+from cluster.transport.base import LayerReply, LayerRows, PendingReply
+from cluster.transport.codec import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
+    Kind,
+    Placement,
+    encode_announced_call,
+    encode_call,
+    encode_cancel,
+)
+from cluster.transport.collective import ROUTER_RANK, PayloadPair, connect_store, own_interface
+from cluster.transport.handshake import decode_welcome, encode_hello
+from cluster.transport.replies import (
+    decode_reply_head,
+    decode_times,
+    good_reply,
+    raise_for_status,
+    reply_rows,
+)
 
 log = logging.getLogger(__name__)
 
+SERVICE, METHOD = "cluster.rpc.v1.Experts", "LayerCalls"
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -28,62 +51,99 @@ CHANNEL_OPTIONS = (
 )
 
 
+class _ShapedReply(PendingReply):
+    """Knows the rows of its call."""
+
+    __slots__ = ("shape",)
+
+    def __init__(self, group: GroupId, call: LayerCall, shape: tuple[int, int]) -> None:
+        super().__init__(group, call)
+        self.shape = shape
+
+
 class GrpcTransport:
     """A link over the network. The constructor returns after the handshake.
 
     Raises (constructor):
         LinkRefused: the group serves another model or dtype, or has another cluster secret.
-        LinkBroken: nobody answers at ``address`` before ``deadline``.
+        LinkBroken: nobody answers at ``address`` before ``deadline``, or process groups cannot be made.
     """
 
-    kind = "grpc"
-
     def __init__(
-        self, group: GroupId, address: str, hello: experts_pb2.Hello, deadline: Deadline, router: str = "router"
+        self,
+        group: GroupId,
+        address: str,
+        hello: links_pb2.Hello,
+        deadline: Deadline,
+        payload: str = "",
+        payload_timeout_s: float = 10.0,
+        device: torch.device | None = None,
     ) -> None:
-        self.group, self.address = group, address
-        self._outbox: queue.SimpleQueue[experts_pb2.ToGroup | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._waiting: dict[int, tuple[PendingReply, int, int]] = {}
+        self.group, self.address, self.kind = group, address, payload or "grpc"
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._order = threading.Lock()
+        self._waiting: dict[int, _ShapedReply] = {}
         self._broken: ExpertMeshError | None = None
         self._welcomed = threading.Event()
-        self.incarnation = ""
+        self.welcome = links_pb2.Welcome()
+        self._payload: PayloadPair | None = None
+        greeting = links_pb2.Hello()
+        greeting.CopyFrom(hello)
+        greeting.protocol, greeting.payload = PROTOCOL_VERSION, payload
+        greeting.generation = uuid.uuid4().hex if payload else ""
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        hello.protocol, hello.router = PROTOCOL_VERSION, router
-        self._outbox.put(experts_pb2.ToGroup(hello=hello))
-        self._stream = experts_pb2_grpc.ExpertsStub(self._channel).LayerCalls(self._requests())
-        self._reader = threading.Thread(target=self._read, name=f"grpc-link-{group}", daemon=True)
+        self._outbox.put(encode_hello(greeting))
+        call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        self._stream = call(iter(self._outbox.get, None))
+        self._reader = threading.Thread(target=self._read, name=f"{self.kind}-link-{group}", daemon=True)
         self._reader.start()
-        if not self._welcomed.wait(deadline.remaining_s()):
+        try:
+            if not self._welcomed.wait(deadline.remaining_s()):
+                raise LinkBroken(f"group {group} at {address} did not answer the handshake in time")
+            if self._broken is not None:
+                raise self._broken
+            if payload:
+                own = torch.device("cpu") if device is None else device
+                self._payload = self._join(payload, greeting.generation, deadline, payload_timeout_s, own)
+        except BaseException:
             self.close()
-            raise LinkBroken(f"group {group} at {address} did not answer the handshake in time")
-        if self._broken is not None:
-            self.close()
-            raise self._broken
+            raise
 
-    def _requests(self) -> Iterator[experts_pb2.ToGroup]:
-        while (message := self._outbox.get()) is not None:
-            yield message
+    def _join(
+        self, payload: str, generation: str, deadline: Deadline, timeout_s: float, device: torch.device
+    ) -> PayloadPair:
+        try:
+            store = connect_store(self.welcome.store, deadline.remaining_s())
+        except RuntimeError as exc:
+            raise LinkBroken(f"group {self.group}: no store at {self.welcome.store!r}: {exc}") from exc
+        interface = own_interface(self.welcome.store)
+        return PayloadPair(payload, store, generation, ROUTER_RANK, timeout_s, device, interface, self._break)
 
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         """See `Transport`."""
-        pending = PendingReply(self.group, call)
         num_tokens, hidden_size = rows.hidden_TH.shape
-        message = experts_pb2.ToGroup(call=encode_call(call, rows))
-        with self._lock:
-            if self._broken is not None:
-                raise LinkBroken(str(self._broken))
-            self._waiting[call.call_id] = (pending, num_tokens, hidden_size)
-            self._outbox.put(message)
+        pending = _ShapedReply(self.group, call, (num_tokens, hidden_size))
+        # Setting and popping are atomic, and whoever breaks the link says so before it looks at who waits.
+        self._waiting[call.call_id] = pending
+        if self._broken is not None:
+            self._waiting.pop(call.call_id, None)
+            raise LinkBroken(str(self._broken))
+        if self._payload is None:
+            self._outbox.put(encode_call(call, rows))
+        else:
+            frame = encode_announced_call(call, rows)
+            with self._order:  # payloads go in the order of their announcements
+                self._outbox.put(frame)
+                self._payload.send(rows.hidden_TH)
         return pending
 
     def cancel(self, pending: PendingReply) -> None:
-        """See `Transport`."""
-        with self._lock:
-            known = self._waiting.pop(pending.call.call_id, None)
-            if known is not None and self._broken is None:
-                self._outbox.put(experts_pb2.ToGroup(cancel_call_id=pending.call.call_id))
-        pending.fail(DeadlineExceeded(f"call {pending.call.call_id} to group {self.group} was cancelled"))
+        """See `Transport`. The call stays known until the group answers, which it does in any case: an announced answer
+        that is under way must still be received."""
+        call_id = pending.call.call_id
+        pending.fail(DeadlineExceeded(f"call {call_id} to group {self.group} was cancelled"))
+        if self._waiting.get(call_id) is pending and self._broken is None:
+            self._outbox.put(encode_cancel(call_id))
 
     def healthy(self) -> bool:
         """See `Transport`."""
@@ -92,28 +152,30 @@ class GrpcTransport:
     def close(self) -> None:
         """See `Transport`."""
         self._break(LinkBroken(f"link to group {self.group} was closed"))
-        self._stream.cancel()
         self._channel.close()
 
     def _break(self, error: ExpertMeshError) -> None:
-        with self._lock:
-            if self._broken is None:
-                self._broken = error
-            waiting, self._waiting = self._waiting, {}
-            self._outbox.put(None)
+        if self._broken is None:
+            self._broken = error
+        waiting = list(self._waiting.values())
+        self._outbox.put(None)
         self._welcomed.set()
-        for pending, _, _ in waiting.values():
+        self._stream.cancel()
+        if self._payload is not None:
+            self._payload.close()
+        for pending in waiting:
             pending.fail(LinkBroken(str(error)))
 
     def _read(self) -> None:
         try:
-            for message in self._stream:
-                kind = message.WhichOneof("message")
-                if kind == "welcome":
-                    self.incarnation = message.welcome.incarnation
+            for frame in self._stream:
+                if frame and frame[0] == Kind.REPLY:
+                    self._deliver(frame)
+                elif not self._welcomed.is_set() and (welcome := decode_welcome(frame)) is not None:
+                    self.welcome = welcome
                     self._welcomed.set()
-                elif kind == "reply":
-                    self._deliver(message.reply)
+                else:
+                    raise LinkBroken(f"group {self.group} at {self.address} sent what is no reply")
             self._break(LinkBroken(f"group {self.group} at {self.address} ended the link"))
         except grpc.RpcError as exc:
             code, details = exc.code(), exc.details()
@@ -121,17 +183,33 @@ class GrpcTransport:
                 self._break(LinkRefused(f"group {self.group} at {self.address} refused the link: {details}"))
             else:
                 self._break(LinkBroken(f"link to group {self.group} at {self.address} broke ({code.name}): {details}"))
+        except ExpertMeshError as exc:
+            self._break(exc)
+        except Exception as exc:
+            log.exception("reading the link to group %d failed", self.group)
+            self._break(LinkBroken(f"link to group {self.group} failed: {type(exc).__name__}"))
 
-    def _deliver(self, message: experts_pb2.LayerReplyMessage) -> None:
-        with self._lock:
-            known = self._waiting.pop(message.call_id, None)
-        if known is None:
-            return  # cancelled, or answered twice
-        pending, num_tokens, hidden_size = known
+    def _deliver(self, frame: bytes) -> None:
+        """Hands a reply to whoever waits.
+
+        Raises:
+            ExpertMeshError: the frame, or the payload that it announces, cannot be had: the link is of no use any more.
+        """
+        call_id, queue_s, compute_s, _ = decode_times(frame)
+        pending = self._waiting.pop(call_id, None)
+        if pending is None:
+            return  # answered twice
+        shape = pending.shape
         try:
-            pending.resolve(decode_reply(message, self.group, pending.call.layer, num_tokens, hidden_size))
+            if frame.startswith(good_reply(shape, Placement.INLINE)):
+                pending.resolve(LayerReply(reply_rows(frame, shape), queue_s, compute_s))
+            elif frame.startswith(good_reply(shape, Placement.ANNOUNCED)) and self._payload is not None:
+                pending.resolve(LayerReply(self._payload.receive(torch.float32, shape), queue_s, compute_s))
+            else:
+                raise_for_status(decode_reply_head(frame), frame, self.group, pending.call.layer, shape)
+                raise LinkBroken(f"group {self.group} announced a payload on a link without process groups")
+        except LinkBroken as exc:
+            pending.fail(exc)
+            raise
         except ExpertMeshError as exc:
             pending.fail(exc)
-        except (ValueError, RuntimeError) as exc:
-            log.exception("reply of group %d cannot be decoded", self.group)
-            pending.fail(InternalError(f"reply of group {self.group} cannot be decoded: {exc}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from cluster.core import Deadline, GroupId, LayerCall
 from cluster.errors import LinkBroken
 from cluster.transport.base import CallHandler, LayerRows, PendingReply
@@ -16,15 +18,16 @@ class InprocTransport:
     def __init__(self, group: GroupId, handler: CallHandler) -> None:
         self.group = group
         self._handler = handler
+        self._lock = threading.Lock()
         self._open: set[PendingReply] | None = set()
 
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         """See `Transport`."""
-        if self._open is None:
-            raise LinkBroken(f"link to group {self.group} is closed")
-        self._open = {pending for pending in self._open if not pending.done()}
         pending = PendingReply(self.group, call)
-        self._open.add(pending)
+        with self._lock:
+            if self._open is None:
+                raise LinkBroken(f"link to group {self.group} is closed")
+            self._open = {waiting for waiting in self._open if not waiting.done()} | {pending}
         self._handler.submit(call, rows, pending)
         return pending
 
@@ -38,6 +41,7 @@ class InprocTransport:
 
     def close(self) -> None:
         """See `Transport`."""
-        waiting, self._open = self._open or set(), None
+        with self._lock:
+            waiting, self._open = self._open or set(), None
         for pending in waiting:
             pending.fail(LinkBroken(f"link to group {self.group} was closed"))

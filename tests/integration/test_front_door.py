@@ -234,7 +234,7 @@ class Spoiled:
             weights[experts == 5] = 0
         elif self._kind == "swapped gate weights" and len(weights) > 1:
             weights[[0, 1]] = weights[[1, 0]]
-        return self._link.submit(call, LayerRows(rows.hidden_TH, rows.pair_row_P, experts, weights), deadline)
+        return self._link.submit(call, LayerRows.of(rows.hidden_TH, rows.pair_row_P, experts, weights), deadline)
 
 
 @pytest.mark.parametrize("kind", ["nothing", "wrong expert", "zeroed experts", "swapped gate weights"])

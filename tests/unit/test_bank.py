@@ -26,7 +26,7 @@ def bank(path: object, holdings: list[list[int]] | None = None) -> ExpertBank:
 def pairs(index_TK: torch.Tensor, weight_TK: torch.Tensor, hidden_TH: torch.Tensor) -> LayerRows:
     num_tokens, top_k = index_TK.shape
     rows = torch.arange(num_tokens, dtype=torch.int32).repeat_interleave(top_k)
-    return LayerRows(hidden_TH, rows, index_TK.flatten().int(), weight_TK.flatten())
+    return LayerRows.of(hidden_TH, rows, index_TK.flatten(), weight_TK.flatten())
 
 
 @pytest.mark.parametrize("arch", architectures())

@@ -101,7 +101,7 @@ def batch(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def wanted(hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
     rows = torch.arange(len(hidden_TH)).repeat_interleave(K)
-    return compute(LayerRows(hidden_TH, rows, index_TK.flatten(), weight_TK.flatten()))
+    return compute(LayerRows.of(hidden_TH, rows, index_TK.flatten(), weight_TK.flatten()))
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 12])
@@ -235,4 +235,5 @@ def test_a_group_with_a_new_incarnation_gets_a_new_link() -> None:
     after = world.fabric.link(1)
     assert after is not before
     assert before.closed
-    assert world.fabric.link_states() == {1: ("fake", True)}
+    (status, reconnects) = world.fabric.link_states()[1]
+    assert (status.kind, status.healthy, reconnects) == ("fake", True, 1)

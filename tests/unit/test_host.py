@@ -14,7 +14,7 @@ SOON = 10.0
 
 
 def rows(tag: float = 0.0) -> LayerRows:
-    return LayerRows(torch.full((1, 4), tag), torch.zeros(1).int(), torch.zeros(1).int(), torch.ones(1))
+    return LayerRows.of(torch.full((1, 4), tag), [0], [0], 1.0)
 
 
 class Gate:

@@ -106,6 +106,7 @@ class GroupStatus(_message.Message):
     CALLS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     group: _builtins.int
     """Group id, from 0."""
     healthy: _builtins.bool
@@ -113,7 +114,7 @@ class GroupStatus(_message.Message):
     address: _builtins.str
     """Data-plane address; empty in the router's own process."""
     transport: _builtins.str
-    """Transport of the link: "grpc" or "inproc"."""
+    """What carries calls to it now: "shm", "grpc", "gloo", "nccl" or "inproc"."""
     expert_bytes: _builtins.int
     """Bytes of expert weights in memory."""
     calls: _builtins.int
@@ -128,6 +129,10 @@ class GroupStatus(_message.Message):
 
     @_builtins.property
     def process(self) -> Global___ProcessStatus: ...
+    @_builtins.property
+    def link(self) -> Global___LinkReport:
+        """The link to it."""
+
     def __init__(
         self,
         *,
@@ -141,14 +146,57 @@ class GroupStatus(_message.Message):
         calls: _builtins.int = ...,
         incarnation: _builtins.str = ...,
         progress_age_s: _builtins.float = ...,
+        link: Global___LinkReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link", "process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "calls", b"calls", "expert_bytes", b"expert_bytes", "group", b"group", "healthy", b"healthy", "holdings", b"holdings", "incarnation", b"incarnation", "process", b"process", "progress_age_s", b"progress_age_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "calls", b"calls", "expert_bytes", b"expert_bytes", "group", b"group", "healthy", b"healthy", "holdings", b"holdings", "incarnation", b"incarnation", "link", b"link", "process", b"process", "progress_age_s", b"progress_age_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupStatus: _TypeAlias = GroupStatus  # noqa: Y015
+
+@_typing.final
+class LinkReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WANTED_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    RETURNS_FIELD_NUMBER: _builtins.int
+    RECONNECTS_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_AGE_S_FIELD_NUMBER: _builtins.int
+    wanted: _builtins.str
+    """Transport that was asked for: "auto" or one kind."""
+    why: _builtins.str
+    """Why the link is carried by what carries it now, and why others are not used."""
+    fallbacks: _builtins.int
+    """How often its better transport broke and gRPC carried on, and how often a better one was made again after that."""
+    returns: _builtins.int
+    reconnects: _builtins.int
+    """How often the whole link was made anew, gRPC included."""
+    last_failure: _builtins.str
+    """The newest break of its better transport, and how many seconds ago it was; empty if there was none."""
+    last_failure_age_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        wanted: _builtins.str = ...,
+        why: _builtins.str = ...,
+        fallbacks: _builtins.int = ...,
+        returns: _builtins.int = ...,
+        reconnects: _builtins.int = ...,
+        last_failure: _builtins.str = ...,
+        last_failure_age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallbacks", b"fallbacks", "last_failure", b"last_failure", "last_failure_age_s", b"last_failure_age_s", "reconnects", b"reconnects", "returns", b"returns", "wanted", b"wanted", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkReport: _TypeAlias = LinkReport  # noqa: Y015
 
 @_typing.final
 class EngineStatus(_message.Message):

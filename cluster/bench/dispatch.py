@@ -1,0 +1,321 @@
+"""`expertmesh bench dispatch`: what a layer call costs over each transport, beside the floor of the same bytes.
+
+Two processes on cores of their own where there are two. Every sample of a transport is followed by one of its floor, so
+that both meet the same machine; a ratio is of the two medians. The call goes the whole way of a real one (codec, link,
+server, queue, compute thread) but for the experts, which echo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+
+from cluster.bench.echo import FLOOR_METHOD, IDENTITY, receive_exactly
+from cluster.core import Deadline, LayerCall
+from cluster.errors import InternalError, InvalidArgument
+from cluster.rpc.v1 import links_pb2
+from cluster.transport.base import LayerRows, Transport
+from cluster.transport.collective import available
+from cluster.transport.grpc_link import CHANNEL_OPTIONS, GrpcTransport
+from cluster.transport.shm import ShmTransport
+
+FLOOR_OF = {"shm": "socket", "grpc": "grpc_echo", "gloo": "tcp", "nccl": "tcp"}
+CALL_TIMEOUT_S = 30.0
+PAIRS_PER_TOKEN = 8
+MIN_SAMPLES, SLICES = 20, 5
+RAY_SHAPE = (8, 2048)
+
+Measured = Callable[[], object]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Which calls are measured: every number of tokens with every hidden size; at most ``samples`` of each, and about
+    ``seconds`` for all transports of one shape."""
+
+    tokens: Sequence[int]
+    hidden: Sequence[int]
+    samples: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for name, values in (("--tokens", self.tokens), ("--hidden", self.hidden)):
+            if not values or min(values) < 1:
+                raise InvalidArgument(name, list(values), "must be numbers from 1")
+        if self.samples < MIN_SAMPLES:
+            raise InvalidArgument("--samples", self.samples, f"must be at least {MIN_SAMPLES}")
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return itertools.product(self.tokens, self.hidden)
+
+
+# -- the two processes ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def echo_process(role: str, core: int) -> Iterator[dict[str, str]]:
+    """A process of `cluster.bench.echo` on a core (-1: any); its addresses."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.bench.echo", role, str(core)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line:
+            raise InternalError("the echo process did not start")
+        addresses: dict[str, str] = json.loads(line)
+        yield addresses
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        process.stdout.close()
+
+
+@contextmanager
+def on_first_core() -> Iterator[int]:
+    """This thread, and those it starts, on the first core; the second one's number, or -1 where there is none."""
+    before = os.sched_getaffinity(0)
+    threads = torch.get_num_threads()
+    apart = len(before) > 1
+    torch.set_num_threads(1)
+    if apart:
+        os.sched_setaffinity(0, {min(before)})
+    try:
+        yield sorted(before)[1] if apart else -1
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def hello() -> links_pb2.Hello:
+    """The handshake that the echo group expects."""
+    return links_pb2.Hello(fingerprint=IDENTITY.fingerprint, dtype=IDENTITY.dtype, secret=IDENTITY.secret)
+
+
+def connect(kind: str, group: dict[str, str]) -> Transport:
+    """A link to the echo group."""
+    deadline = Deadline.after(CALL_TIMEOUT_S)
+    if kind == "shm":
+        return ShmTransport(0, group["shm"], hello(), deadline)
+    device = torch.device("cuda" if kind == "nccl" else "cpu")
+    return GrpcTransport(0, group["grpc"], hello(), deadline, "" if kind == "grpc" else kind, device=device)
+
+
+def layer_rows(tokens: int, hidden: int) -> LayerRows:
+    """Random rows that each want `PAIRS_PER_TOKEN` experts."""
+    count = tokens * PAIRS_PER_TOKEN
+    rows = np.repeat(np.arange(tokens), PAIRS_PER_TOKEN)
+    return LayerRows.of(torch.randn(tokens, hidden), rows, np.random.randint(0, 256, count), np.random.rand(count))
+
+
+class Caller:
+    """Layer calls over one link; `check` compares an answer bit by bit."""
+
+    def __init__(self, link: Transport, rows: LayerRows) -> None:
+        self._link, self._rows, self._ids = link, rows, itertools.count(time.monotonic_ns())
+
+    def __call__(self) -> torch.Tensor:
+        """One round trip."""
+        deadline = Deadline.after(CALL_TIMEOUT_S)
+        return self._link.submit(LayerCall(next(self._ids), 1, 0, 1, 1), self._rows, deadline).wait(deadline).partial_TH
+
+    def check(self) -> None:
+        """Raises InternalError unless the answer is the rows."""
+        if not torch.equal(self(), self._rows.hidden_TH):
+            raise InternalError(f"{self._link.kind} did not bring the rows back")
+
+
+class SocketFloor:
+    """Ping-pong of ``num_bytes`` over a plain socket."""
+
+    def __init__(self, kind: str, address: str, num_bytes: int) -> None:
+        if kind == "socket":
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(b"\0" + address.encode())
+        else:
+            self._socket = socket.create_connection(("127.0.0.1", int(address)))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.settimeout(None)
+        self._socket.sendall(num_bytes.to_bytes(8, "little"))
+        self._out = memoryview(np.random.bytes(num_bytes))
+        self._in = memoryview(bytearray(num_bytes))
+
+    def __call__(self) -> None:
+        """One round trip."""
+        self._socket.sendall(self._out)
+        if not receive_exactly(self._socket, self._in):
+            raise InternalError("the floor's process ended")
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._socket.close()
+
+
+class GrpcFloor:
+    """Ping-pong of ``num_bytes`` over a bare gRPC stream, in the form that every tutorial has."""
+
+    def __init__(self, address: str, num_bytes: int) -> None:
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        method: Any = self._channel.stream_stream(FLOOR_METHOD)
+        self._stream = method(iter(self._outbox.get, None))
+        self._message = np.random.bytes(num_bytes)
+
+    def __call__(self) -> None:
+        """One round trip."""
+        self._outbox.put(self._message)
+        next(self._stream)
+
+    def close(self) -> None:
+        """Ends the stream."""
+        self._outbox.put(None)
+        self._channel.close()
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+def interleave(contenders: dict[str, Measured], samples: int, seconds: float) -> dict[str, np.ndarray[Any, Any]]:
+    """Seconds of each call, [samples]; one call of each contender after the other. The first tenth, at least 3 and at
+    most 200 rounds, is thrown away. ``seconds`` bounds the whole, but for `MIN_SAMPLES` of each."""
+    warm_up = min(200, max(3, samples // 10))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    ends_s = time.monotonic() + seconds
+    for number in range(warm_up + samples):
+        for name, call in contenders.items():
+            began_s = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began_s)
+        if number >= warm_up + MIN_SAMPLES and time.monotonic() > ends_s:
+            break
+    skip = min(warm_up, len(next(iter(times.values()))) - MIN_SAMPLES)
+    return {name: np.array(values[skip:]) for name, values in times.items()}
+
+
+def _us(times: np.ndarray[Any, Any], quantile: float) -> float:
+    return round(float(np.quantile(times, quantile)) * 1e6, 1)
+
+
+def row(
+    kind: str, tokens: int, hidden: int, times: np.ndarray[Any, Any], floor: np.ndarray[Any, Any], num_bytes: int
+) -> dict[str, Any]:
+    """One entry of ``results``. The ratio's spread is that of consecutive fifths of the samples."""
+    parts = zip(np.array_split(times, SLICES), np.array_split(floor, SLICES), strict=True)
+    ratios = [float(np.median(mine) / np.median(theirs)) for mine, theirs in parts]
+    return {
+        "transport": kind,
+        "tokens": tokens,
+        "hidden": hidden,
+        "p50_us": _us(times, 0.5),
+        "p99_us": _us(times, 0.99),
+        "samples": len(times),
+        "floor_us": _us(floor, 0.5),
+        "floor_p99_us": _us(floor, 0.99),
+        "floor_kind": FLOOR_OF[kind],
+        "ratio": round(float(np.median(times) / np.median(floor)), 3),
+        "ratio_low": round(min(ratios), 3),
+        "ratio_high": round(max(ratios), 3),
+        "gb_per_s": round(2 * num_bytes / float(np.median(times)) / 1e9, 3),
+    }
+
+
+def measure(kinds: Sequence[str], shapes: Shapes, progress: Progress) -> dict[str, Any]:
+    """All rows, and what a plain copy of the largest call's bytes moves both ways, beside shared memory if that is
+    measured."""
+    results: list[dict[str, Any]] = []
+    copies: dict[str, Any] = {}
+    with on_first_core() as other, echo_process("group", other) as group, echo_process("floors", other) as floors:
+        with contextlib.ExitStack() as links:
+            transports = {kind: connect(kind, group) for kind in kinds}
+            for link in transports.values():
+                links.callback(link.close)
+            for tokens, hidden in shapes:
+                progress(f"{tokens} tokens x {hidden}")
+                results += _measure_shape(transports, floors, tokens, hidden, shapes)
+            if "shm" in transports:
+                copies = _measure_copy(transports["shm"], max(shapes, key=lambda shape: shape[0] * shape[1]), shapes)
+    return {"results": results, "own_cores": other >= 0, **copies}
+
+
+def _measure_shape(
+    transports: dict[str, Transport], floors: dict[str, str], tokens: int, hidden: int, shapes: Shapes
+) -> list[dict[str, Any]]:
+    rows = layer_rows(tokens, hidden)
+    num_bytes = rows.hidden_TH.nbytes
+    contenders: dict[str, Measured] = {}
+    with contextlib.ExitStack() as open_floors:
+        for kind, link in transports.items():
+            caller = contenders[kind] = Caller(link, rows)
+            caller.check()
+            name = FLOOR_OF[kind]
+            if name not in contenders:
+                floor = (
+                    GrpcFloor(floors[name], num_bytes)
+                    if name == "grpc_echo"
+                    else SocketFloor(name, floors[name], num_bytes)
+                )
+                open_floors.callback(floor.close)
+                contenders[name] = floor
+        times = interleave(contenders, shapes.samples, shapes.seconds)
+    return [row(kind, tokens, hidden, times[kind], times[FLOOR_OF[kind]], num_bytes) for kind in transports]
+
+
+def _measure_copy(link: Transport, shape: tuple[int, int], shapes: Shapes) -> dict[str, Any]:
+    rows = layer_rows(*shape)
+    source = rows.hidden_TH.numpy()
+    there, back = np.empty_like(source), np.empty_like(source)
+
+    def copy() -> None:
+        there[...] = source
+        back[...] = there
+
+    times = interleave({"shm": Caller(link, rows), "copy": copy}, shapes.samples, shapes.seconds)
+    shm, plain = (2 * source.nbytes / float(np.median(times[name])) / 1e9 for name in ("shm", "copy"))
+    return {
+        "copy": {
+            "tokens": shape[0],
+            "hidden": shape[1],
+            "memory_copy_gb_per_s": round(plain, 3),
+            "shm_gb_per_s": round(shm, 3),
+            "ratio": round(shm / plain, 3),
+            "samples": len(times["copy"]),
+        }
+    }
+
+
+def transports_here(asked: Sequence[str]) -> list[str]:
+    """The transports to measure: those asked for, or all that this machine can run between two processes.
+
+    Raises:
+        InvalidArgument: one of them cannot run here.
+    """
+    two_gpus = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    have = ["shm", "grpc", *(kind for kind in available() if kind == "gloo" or two_gpus)]
+    for kind in asked:
+        if kind not in have:
+            raise InvalidArgument("--transport", kind, f"this machine can run {', '.join(have)}")
+    return list(asked) or have

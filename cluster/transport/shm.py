@@ -1,0 +1,400 @@
+"""The shared-memory transport, router's side: payloads in memory that both ends map, a local socket as the door bell.
+
+The router makes the memory (`memfd`), keeps its accounts, and passes it over a socket of Linux's abstract namespace;
+neither has a name in a file system, so whatever way either end dies, nothing is left to clean up. For each call the
+router allocates one block for the rows and their answer. The group computes on the rows where they lie and writes the
+answer beside them: one copy on each side. Waits block in the kernel, and whoever waits for an answer reads the socket
+itself, so that an answer crosses no other thread.
+
+That both ends are on one host is proved, not believed: the group reads a nonce from the memory and sends it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.core import Clock, Deadline, GroupId, LayerCall
+from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, LinkBroken, LinkRefused
+from cluster.rpc.v1 import links_pb2
+from cluster.transport.arena import ALIGNMENT, Block, LeasedMemory
+from cluster.transport.base import LayerReply, LayerRows, PendingReply
+from cluster.transport.codec import (
+    PAIR_BYTES,
+    PROTOCOL_VERSION,
+    Placement,
+    encode_cancel,
+    encode_form,
+    encode_go,
+    encode_ids,
+    on_cpu,
+)
+from cluster.transport.handshake import decode_welcome, encode_hello
+from cluster.transport.replies import (
+    decode_reply_head,
+    decode_times,
+    good_reply,
+    raise_for_status,
+)
+
+_FP32 = np.dtype("<f4")
+MEMORY_BYTES = 1024**3
+"""Address space of one link. Pages take memory once they are touched, and blocks are taken from the low end."""
+KEPT_BYTES = 64 * 1024**2
+"""What is above goes back to the system as soon as a link is idle."""
+AHEAD_BYTES = 256 * 1024
+"""Copying up to so much takes no longer than the group takes to wake up and read the header."""
+REUSED_BYTES = 1024**2
+"""Blocks up to this size are kept for the next call of the same shape."""
+NONCE_BYTES = 32
+FRAME_BYTES = 64 * 1024
+TICK_S = 0.05
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""The memory can neither shrink nor grow under the other end, which would be a SIGBUS there."""
+
+
+def map_memory(fd: int, size: int) -> mmap.mmap:
+    """Maps shared memory for reading and writing."""
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def copy_out(tensor: torch.Tensor, address: int, num_bytes: int) -> None:
+    """Copies a contiguous CPU tensor to an address of this process that has room for it, without torch's and numpy's
+    overhead for a call, which is more than the copy of a few rows takes."""
+    ctypes.memmove(address, tensor.data_ptr(), num_bytes)
+
+
+class _Slot(Block):
+    """The memory of one call: rows, answer, pairs. What the next call of the same shape needs of it is worked out
+    once."""
+
+    __slots__ = ("address", "ahead", "form", "good", "pairs_offset", "reply_offset", "rows_bytes", "shape")
+
+    def __init__(
+        self, offset: int, size: int, home: deque[Any], base: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        super().__init__(offset, size, home)
+        elements = shape[0] * shape[1]
+        self.shape, self.rows_bytes, self.address = shape, elements * dtype.itemsize, base + offset
+        self.reply_offset = offset + _up(self.rows_bytes)
+        self.pairs_offset = self.reply_offset + _up(4 * elements)
+        self.good = good_reply(shape, Placement.SHARED)
+        self.ahead = self.rows_bytes <= AHEAD_BYTES
+        placement = Placement.AHEAD if self.ahead else Placement.SHARED
+        self.form = encode_form(dtype, shape, placement, offset, self.pairs_offset, self.reply_offset)
+
+    @staticmethod
+    def size_for(shape: tuple[int, int], dtype: torch.dtype, max_pairs: int) -> int:
+        """Bytes of a slot."""
+        elements = shape[0] * shape[1]
+        return _up(elements * dtype.itemsize) + _up(4 * elements) + PAIR_BYTES * max_pairs
+
+
+def _up(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class _PumpedReply(PendingReply):
+    """A reply whose waiter reads the socket. ``partial_TH``, once it is there, owns the slot."""
+
+    __slots__ = ("link", "partial_TH", "slot")
+
+    def __init__(self, link: ShmTransport, call: LayerCall, slot: _Slot) -> None:
+        super().__init__(link.group, call, link.clock, latched=False)
+        self.link, self.slot = link, slot
+        self.partial_TH: torch.Tensor | None = None
+
+    def _wait(self, deadline: Deadline) -> None:
+        self.link.pump(self, deadline)
+
+
+class ShmTransport:
+    """A link to a group on the same host. ``address`` is the group's socket in the abstract namespace.
+
+    Raises (constructor):
+        LinkRefused: as for the gRPC transport.
+        LinkBroken: no such socket here, no answer in time, or the memory is not the same at the other end.
+    """
+
+    kind = "shm"
+
+    def __init__(
+        self,
+        group: GroupId,
+        address: str,
+        hello: links_pb2.Hello,
+        deadline: Deadline,
+        memory_bytes: int = MEMORY_BYTES,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.group, self.address, self.clock = group, address, clock
+        self._waiting: dict[int, _PumpedReply] = {}
+        self._broken: ExpertMeshError | None = None
+        self._reader = threading.Lock()  # held by whoever reads the socket
+        self._turn = threading.Condition()
+        self._num_followers = 0
+        self._frame = bytearray(FRAME_BYTES)
+        self._view = memoryview(self._frame)
+        fd = os.memfd_create(f"expertmesh-link-{group}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, memory_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+            self._map = map_memory(fd, memory_bytes)
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                self._shake_hands(fd, hello, deadline)
+            except BaseException:
+                self._socket.close()
+                raise
+        finally:
+            os.close(fd)
+        memory = np.frombuffer(self._map, np.uint8)
+        self._memory = LeasedMemory(memory, NONCE_BYTES, KEPT_BYTES, self._trim)
+        self._base = memory.ctypes.data
+        # Reading blocks in the kernel for a tick at most, which spares a call of poll; sending never blocks.
+        self._socket.setblocking(True)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(TICK_S * 1e6)))
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
+
+    def _shake_hands(self, fd: int, hello: links_pb2.Hello, deadline: Deadline) -> None:
+        greeting, nonce = links_pb2.Hello(), secrets.token_bytes(NONCE_BYTES)
+        greeting.CopyFrom(hello)
+        greeting.protocol, greeting.memory_bytes = PROTOCOL_VERSION, len(self._map)
+        self._map[:NONCE_BYTES] = nonce
+        try:
+            self._socket.settimeout(max(0.001, deadline.remaining_s()))
+            self._socket.connect(b"\0" + self.address.encode())
+            socket.send_fds(self._socket, [encode_hello(greeting)], [fd])
+            answer = self._socket.recv(FRAME_BYTES)
+        except OSError as exc:
+            raise LinkBroken(f"group {self.group}: no local socket {self.address}: {exc.strerror or exc}") from exc
+        if not answer:
+            raise LinkBroken(f"group {self.group} closed its local socket during the handshake")
+        welcome = decode_welcome(answer)
+        if welcome is None:
+            reason = answer.decode("utf-8", "replace")
+            raise LinkRefused(f"group {self.group} refused the shared-memory link: {reason}")
+        if welcome.nonce != nonce:
+            raise LinkBroken(f"group {self.group} does not see the same memory")
+        self.incarnation = welcome.incarnation
+
+    def _trim(self, high: int) -> None:
+        with contextlib.suppress(OSError):  # not every kernel can; the memory then stays with the link
+            self._map.madvise(mmap.MADV_REMOVE, KEPT_BYTES, -(-high // mmap.PAGESIZE) * mmap.PAGESIZE - KEPT_BYTES)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
+        """See `Transport`."""
+        hidden_TH, pairs_3P = rows
+        if not (hidden_TH.is_cpu and hidden_TH.is_contiguous()):
+            hidden_TH = on_cpu(hidden_TH)
+        num_pairs = pairs_3P.shape[1]
+        kind = (hidden_TH.shape, hidden_TH.dtype, num_pairs.bit_length())
+        try:
+            slot = self._memory.home(kind).pop()
+        except IndexError:
+            slot = self._new_slot(kind, deadline)
+        header = slot.form + encode_ids(call, num_pairs)
+        try:
+            if slot.ahead:
+                # The group wakes up and reads the header while the rows are copied; it cannot answer before the go.
+                self._send(header, deadline)
+                header = encode_go(call.call_id)
+            copy_out(hidden_TH, slot.address, slot.rows_bytes)
+            if num_pairs:
+                self._map[slot.pairs_offset : slot.pairs_offset + PAIR_BYTES * num_pairs] = pairs_3P.data
+            # Setting and popping are atomic, and whoever breaks the link says so before it looks at who waits.
+            pending = self._waiting[call.call_id] = _PumpedReply(self, call, slot)
+            if self._broken is None:
+                self._send(header, deadline)
+        except DeadlineExceeded as exc:
+            # Half a call is out, perhaps: nobody knows what the group makes of its memory.
+            self._break(LinkBroken(str(exc)))
+        if self._broken is not None:
+            self._waiting.pop(call.call_id, None)
+            raise LinkBroken(str(self._broken))
+        # The group is at work now: what the answer needs is made meanwhile, unless somebody reads answers already.
+        if self._reader.acquire(blocking=False):
+            if call.call_id in self._waiting:
+                pending.partial_TH = self._lease(slot)
+            self._reader.release()
+            if self._num_followers:
+                self._wake_followers()
+        return pending
+
+    def _lease(self, slot: _Slot) -> torch.Tensor:
+        return torch.from_numpy(self._memory.lease(slot, slot.reply_offset, slot.shape, _FP32))
+
+    def _new_slot(self, kind: tuple[torch.Size, torch.dtype, int], deadline: Deadline) -> _Slot:
+        (num_tokens, hidden_size), dtype, bits = kind
+        shape = (num_tokens, hidden_size)
+        size = _Slot.size_for(shape, dtype, 1 << bits)
+        if size > self._memory.capacity:
+            limit = self._memory.capacity
+            raise InvalidArgument("payload", size, f"with its answer it must fit {limit} bytes: split it")
+        # Large ones are seldom of the same shape again, and would keep much memory: their blocks are divided anew.
+        home = self._memory.home(kind if size <= REUSED_BYTES else None)
+
+        def make(offset: int, size: int, home: deque[Any]) -> _Slot:
+            return _Slot(offset, size, home, self._base, shape, dtype)
+
+        while (slot := self._memory.make(home, size, make)) is None:
+            if self._broken is not None:
+                raise LinkBroken(str(self._broken))
+            if deadline.expired():
+                raise DeadlineExceeded(f"the memory of the link to group {self.group} is full")
+            # Answers that arrive give memory back; those that somebody still looks at do so without a message.
+            self.pump(None, deadline.earlier(Deadline.after(0.005, self.clock)))
+        assert isinstance(slot, _Slot)
+        return slot
+
+    def _send(self, frame: bytes, deadline: Deadline) -> None:
+        while True:
+            try:
+                self._socket.send(frame, socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                # The group has not read for a while: it computes.
+                if deadline.expired():
+                    raise DeadlineExceeded(f"group {self.group} takes no more calls") from None
+                select.select([], [self._socket], [], min(0.1, deadline.remaining_s()))
+            except OSError as exc:
+                self._break(LinkBroken(f"shared-memory link to group {self.group} broke: {exc.strerror or exc}"))
+                return  # the pending reply has failed with it
+
+    def cancel(self, pending: PendingReply) -> None:
+        """See `Transport`. The call's memory is free when the group has answered, which it does in any case."""
+        pending.fail(DeadlineExceeded(f"call {pending.call.call_id} to group {self.group} was cancelled"))
+        if self._waiting.get(pending.call.call_id) is pending and self._broken is None:
+            # When the socket is full the group computes the call for nothing.
+            with contextlib.suppress(DeadlineExceeded):
+                self._send(encode_cancel(pending.call.call_id), Deadline(0.0))
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def pump(self, pending: PendingReply | None, deadline: Deadline) -> None:
+        """Reads answers until ``pending`` has one (None: until any came), the link broke or the time is up.
+
+        One thread reads at a time; the others wait for their answer or for their turn.
+        """
+        while self._broken is None and not (pending is not None and pending.done()):
+            if self._reader.acquire(blocking=False):
+                try:
+                    # Whoever read before may have had the answer in hand already.
+                    while self._broken is None and not (pending is not None and pending.done()):
+                        got = self._receive(deadline.remaining_s())
+                        if pending is None:
+                            if got or deadline.expired():
+                                return
+                        elif pending.done() or (not got and deadline.expired()):
+                            return
+                finally:
+                    self._reader.release()
+                    self._wake_followers()
+                return
+            with self._turn:
+                self._num_followers += 1
+                try:
+                    # Asked again once counted: who reads now looks at the count after letting go.
+                    if self._reader.locked() and not (pending is not None and pending.done()):
+                        self._turn.wait(min(deadline.remaining_s(), threading.TIMEOUT_MAX))
+                finally:
+                    self._num_followers -= 1
+            if deadline.expired():
+                return
+
+    def _receive(self, timeout_s: float) -> bool:
+        """One packet; False if none came in time."""
+        began_s = self.clock()
+        try:
+            if timeout_s < TICK_S and not self._readable.poll(timeout_s * 1000):
+                return False
+            size = self._socket.recv_into(self._frame)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            self._break(LinkBroken(f"shared-memory link to group {self.group} broke: {exc.strerror or exc}"))
+            return False
+        if not size:
+            self._break(LinkBroken(f"group {self.group} closed the shared-memory link"))
+            return False
+        self._deliver(self._view[:size], began_s)
+        return True
+
+    def _deliver(self, frame: memoryview, began_s: float) -> None:
+        try:
+            call_id, queue_s, compute_s, answered_s = decode_times(frame)
+        except InvalidArgument as exc:
+            self._break(LinkBroken(f"group {self.group} sent no reply: {exc}"))
+            return
+        pending = self._waiting.pop(call_id, None)
+        if pending is None:
+            return  # answered twice
+        partial_TH = pending.partial_TH
+        if partial_TH is None:
+            partial_TH = self._lease(pending.slot)
+        if frame[: len(pending.slot.good)] == pending.slot.good:
+            # Both clocks are one: an answer that lay in the socket before anybody read came when the group says.
+            if not pending.sent_s <= answered_s < began_s:
+                answered_s = self.clock()
+            pending.resolve(LayerReply(partial_TH, queue_s, compute_s), answered_s)
+        else:
+            try:
+                raise_for_status(decode_reply_head(frame), frame, self.group, pending.call.layer, pending.slot.shape)
+                raise InternalError(f"group {self.group} answered in a form that nobody asked for")
+            except ExpertMeshError as exc:
+                pending.fail(exc)
+        if self._num_followers:
+            self._wake_followers()
+
+    def _wake_followers(self) -> None:
+        if self._num_followers:
+            with self._turn:
+                self._turn.notify_all()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def healthy(self) -> bool:
+        """See `Transport`. Looks at the socket when nobody else does: a dead group closes it."""
+        if self._broken is None and self._reader.acquire(blocking=False):
+            try:
+                while self._receive(0.0):
+                    pass
+                self._memory.relax()
+            finally:
+                self._reader.release()
+                self._wake_followers()
+        return self._broken is None
+
+    def close(self) -> None:
+        """See `Transport`."""
+        self._break(LinkBroken(f"link to group {self.group} was closed"))
+        if self._reader.acquire(timeout=5.0):  # who reads now is woken by the end of the connection
+            self._socket.close()
+            self._reader.release()
+
+    def _break(self, error: ExpertMeshError) -> None:
+        if self._broken is None:
+            self._broken = error
+        waiting = list(self._waiting.values())
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        for pending in waiting:
+            pending.fail(LinkBroken(str(error)))
+        self._wake_followers()
