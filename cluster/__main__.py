@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster import __version__
-from cluster.commands import demo, generate, serve, status, verify, zoo
+from cluster.commands import bench, demo, generate, serve, status, verify, zoo
 from cluster.commands.common import Stopped, stderr, stdout
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError, InvalidArgument
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 zoo_app = typer.Typer(help="Random-weight checkpoints of every architecture that is tested.", no_args_is_help=True)
+bench_app = typer.Typer(help="Benchmarks: ratios to a floor that is measured in the same run.", no_args_is_help=True)
 
 
 def _examples(*lines: str) -> str:
@@ -45,6 +46,10 @@ app.command(epilog=_examples("expertmesh demo", 'expertmesh demo --prompt "And G
 zoo_app.command("list")(zoo.zoo_list)
 zoo_app.command("make", epilog=_examples("expertmesh zoo make --arch mixtral --out /tmp/mixtral"))(zoo.zoo_make)
 app.add_typer(zoo_app, name="zoo")
+bench_app.command(
+    "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
+)(bench.dispatch)
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -56,8 +56,12 @@ GRPC_FUNCTIONS = [
     "cluster.rpc.v1.control_pb2_grpc.add_ControlServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
-_SPIN = {"GOMP_SPINCOUNT": "20000"}
-"""OpenMP threads that spin for long after a parallel region hold the core that the other process needs."""
+_ENVIRONMENT = {
+    # OpenMP threads that spin for long after a parallel region hold the core that the other process needs.
+    "GOMP_SPINCOUNT": "20000",
+    # A transfer that fails breaks its link, and gRPC carries on: NCCL's watchdog would end the process instead.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
 
 Progress = Callable[[str], None]
 
@@ -74,7 +78,7 @@ class Plan:
     @property
     def one_process(self) -> bool:
         """The groups live in the router's process."""
-        return self.config.groups == 0 or self.config.data_plane.transport == "inproc"
+        return self.config.groups == 0 or "inproc" in self.config.transports(self.config.groups)
 
 
 def make_plan(config: Config) -> Plan:
@@ -320,7 +324,7 @@ def _gpus_each(plan: Plan) -> int:
 
 
 def _actor_options(gpus: int) -> dict[str, Any]:
-    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": dict(_SPIN)}}
+    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": dict(_ENVIRONMENT)}}
 
 
 def _deployment(kind: type, **options: Any) -> Any:

@@ -62,3 +62,27 @@ def in_process_router(
         router.close()
         for group in groups.values():
             group.close()
+
+
+@contextmanager
+def linked_router(
+    path: Path, transports: str, num_groups: int, **flags: object
+) -> Iterator[tuple[Router, list[ExpertGroup]]]:
+    """A router and groups that have only their data plane in common, though they share this process."""
+    config = config_for(path, verify=True, groups=num_groups, data_plane={"transport": transports}, **flags)
+    per_layer = experts_per_layer(path)
+    groups = [ExpertGroup(i, held, config, threads=1) for i, held in enumerate(plan_blocks(per_layer, num_groups))]
+
+    def membership() -> Membership:
+        infos = {group.group: group.info() for group in groups}
+        return Membership(table_from_groups(1, 1, per_layer, infos.values()), infos)
+
+    try:
+        router = Router(config, membership, threads=1)
+        try:
+            yield router, groups
+        finally:
+            router.close()
+    finally:
+        for group in groups:
+            group.close()

@@ -1,8 +1,8 @@
 """`expertmesh bench dispatch`: what a layer call costs over each transport, beside the floor of the same bytes.
 
-Two processes on cores of their own where there are two. Every sample of a transport is followed by one of its floor, so
-that both meet the same machine; a ratio is of the two medians. The call goes the whole way of a real one (codec, link,
-server, queue, compute thread) but for the experts, which echo.
+Two processes on cores of their own where there are two. A transport and its floor take turns of `TURN` calls, so that
+both meet the same machine, and neither the other's caches; a ratio is of the two medians. The call goes the whole way
+of a real one (codec, link, server, queue, compute thread) but for the experts, which echo.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from cluster.transport.shm import ShmTransport
 FLOOR_OF = {"shm": "socket", "grpc": "grpc_echo", "gloo": "tcp", "nccl": "tcp"}
 CALL_TIMEOUT_S = 30.0
 PAIRS_PER_TOKEN = 8
-MIN_SAMPLES, SLICES = 20, 5
-RAY_SHAPE = (8, 2048)
+MIN_SAMPLES, SLICES, TURN = 20, 5, 20
 
 Measured = Callable[[], object]
 Progress = Callable[[str], None]
@@ -47,7 +46,7 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """Which calls are measured: every number of tokens with every hidden size; at most ``samples`` of each, and about
-    ``seconds`` for all transports of one shape."""
+    ``seconds`` for one transport and its floor."""
 
     tokens: Sequence[int]
     hidden: Sequence[int]
@@ -55,6 +54,8 @@ class Shapes:
     seconds: float
 
     def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise InvalidArgument("--seconds", self.seconds, "must be more than 0")
         for name, values in (("--tokens", self.tokens), ("--hidden", self.hidden)):
             if not values or min(values) < 1:
                 raise InvalidArgument(name, list(values), "must be numbers from 1")
@@ -196,24 +197,36 @@ class GrpcFloor:
         self._channel.close()
 
 
+def connect_floor(kind: str, address: str, num_bytes: int) -> SocketFloor | GrpcFloor:
+    """A connection to the floors' process."""
+    return GrpcFloor(address, num_bytes) if kind == "grpc_echo" else SocketFloor(kind, address, num_bytes)
+
+
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
 def interleave(contenders: dict[str, Measured], samples: int, seconds: float) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of each call, [samples]; one call of each contender after the other. The first tenth, at least 3 and at
-    most 200 rounds, is thrown away. ``seconds`` bounds the whole, but for `MIN_SAMPLES` of each."""
-    warm_up = min(200, max(3, samples // 10))
+    """Seconds of each call, [samples]; the contenders take turns. The first turn of each is thrown away, and so is the
+    first call of every turn where there are more. ``seconds`` bounds the whole, but for `MIN_SAMPLES` of each."""
+    turn = max(1, min(TURN, samples // SLICES))
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    ends_s = time.monotonic() + seconds
-    for number in range(warm_up + samples):
-        for name, call in contenders.items():
-            began_s = time.perf_counter()
+    for call in contenders.values():
+        for _ in range(turn):
             call()
-            times[name].append(time.perf_counter() - began_s)
-        if number >= warm_up + MIN_SAMPLES and time.monotonic() > ends_s:
+    ends_s = time.monotonic() + seconds
+    while len(next(iter(times.values()))) < samples:
+        for name, call in contenders.items():
+            if turn > 1:
+                call()
+            for _ in range(turn):
+                began_s = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - began_s)
+        if time.monotonic() > ends_s and len(times[name]) >= MIN_SAMPLES:
             break
-    skip = min(warm_up, len(next(iter(times.values()))) - MIN_SAMPLES)
-    return {name: np.array(values[skip:]) for name, values in times.items()}
+        if time.monotonic() > ends_s:
+            turn = 1  # only what is needed
+    return {name: np.array(values) for name, values in times.items()}
 
 
 def _us(times: np.ndarray[Any, Any], quantile: float) -> float:
@@ -266,22 +279,17 @@ def _measure_shape(
 ) -> list[dict[str, Any]]:
     rows = layer_rows(tokens, hidden)
     num_bytes = rows.hidden_TH.nbytes
-    contenders: dict[str, Measured] = {}
-    with contextlib.ExitStack() as open_floors:
-        for kind, link in transports.items():
-            caller = contenders[kind] = Caller(link, rows)
-            caller.check()
-            name = FLOOR_OF[kind]
-            if name not in contenders:
-                floor = (
-                    GrpcFloor(floors[name], num_bytes)
-                    if name == "grpc_echo"
-                    else SocketFloor(name, floors[name], num_bytes)
-                )
-                open_floors.callback(floor.close)
-                contenders[name] = floor
-        times = interleave(contenders, shapes.samples, shapes.seconds)
-    return [row(kind, tokens, hidden, times[kind], times[FLOOR_OF[kind]], num_bytes) for kind in transports]
+    results = []
+    for kind, link in transports.items():
+        caller, name = Caller(link, rows), FLOOR_OF[kind]
+        caller.check()
+        floor = connect_floor(name, floors[name], num_bytes)
+        try:
+            times = interleave({kind: caller, name: floor}, shapes.samples, shapes.seconds)
+        finally:
+            floor.close()
+        results.append(row(kind, tokens, hidden, times[kind], times[name], num_bytes))
+    return results
 
 
 def _measure_copy(link: Transport, shape: tuple[int, int], shapes: Shapes) -> dict[str, Any]:

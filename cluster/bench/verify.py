@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +131,17 @@ def problems(report: dict[str, Any], load: Load) -> list[str]:
         found.append(f"{report['near_ties']} near ties: these prompts prove too little")
     if min(load.in_flight, load.prompts) > 1 and report["max_batch"] < 2:
         found.append("no two requests ever shared a step")
+    return found
+
+
+def link_problems(wanted: Sequence[str], status: control_pb2.StatusReply) -> list[str]:
+    """Groups that were not reached over the transport that was asked for, or not all the time."""
+    found = []
+    for kind, group in zip(wanted, status.groups, strict=True) if wanted else ():
+        if kind not in ("auto", group.transport):
+            found.append(f"group {group.group} is reached over {group.transport}, not {kind}: {group.link.why}")
+        elif group.link.fallbacks:
+            found.append(f"the link to group {group.group} fell back: {group.link.last_failure}")
     return found
 
 

@@ -24,7 +24,9 @@ def serve(
     front_door: Annotated[str | None, typer.Option(help="router: its own gRPC server; serve: Ray Serve's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    transport: Annotated[str | None, typer.Option(help="auto, grpc or inproc.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
+    ] = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="Let clients ask for full logits.")] = None,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM, which let running requests finish."""

@@ -27,6 +27,20 @@ def status(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     _status_table(reply)
 
 
+def _link(group: control_pb2.GroupStatus) -> str:
+    link = group.link
+    text = f"{group.transport or 'no link'}, because {link.why}" if link.why else group.transport
+    counts = [
+        (link.fallbacks, "fell back to gRPC"),
+        (link.returns, "came back"),
+        (link.reconnects, "made anew"),
+    ]
+    told = ", ".join(f"{word} {count} x" for count, word in counts if count)
+    if link.last_failure:
+        told += f"; last failure {link.last_failure_age_s:.0f} s ago: {link.last_failure}"
+    return f"{text} ({told})" if told else text
+
+
 def _numbers(value: Any) -> Any:
     """64-bit integers, which protobuf writes as JSON strings, as numbers again."""
     if isinstance(value, dict):
@@ -36,7 +50,21 @@ def _numbers(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-_TEXT_KEYS = frozenset({"incarnation", "host", "visible_devices", "model", "address", "uncovered_experts", "arch"})
+_TEXT_KEYS = frozenset(
+    {
+        "incarnation",
+        "host",
+        "visible_devices",
+        "model",
+        "address",
+        "uncovered_experts",
+        "arch",
+        "why",
+        "last_failure",
+        "wanted",
+        "transport",
+    }
+)
 
 
 def _status_table(reply: control_pb2.StatusReply) -> None:
@@ -77,6 +105,8 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
             "up" if group.healthy else "[red]down[/red]",
         )
     stdout.print(table)
+    for group in reply.groups:
+        stdout.print(f"group {group.group}: {_link(group)}", markup=False)
     engine = reply.engine
     stdout.print(
         f"engine: {engine.running} running, {engine.waiting} waiting, {engine.finished} finished, {engine.cancelled} "

@@ -17,7 +17,9 @@ from cluster.config import EMBEDDED_MODEL, Config, load_config
 def verify(
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint directory; repeatable.")] = None,
     groups: Annotated[list[int] | None, typer.Option(help="Expert groups; repeatable.")] = None,
-    transport: Annotated[str, typer.Option(help="auto, grpc or inproc.")] = "grpc",
+    transport: Annotated[
+        str, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
+    ] = "auto",
     prompts: Annotated[int, typer.Option(help="Random prompts of 8 to 96 tokens.")] = 8,
     tokens: Annotated[int, typer.Option(help="New tokens a prompt.")] = 32,
     in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 4,
@@ -32,7 +34,8 @@ def verify(
     """Serve models and compare every token and logit with plain single-process transformers, in fp32.
 
     Exit status 0 only if no token differs, the largest difference of logits is at most 1e-4 of their standard
-    deviation, near ties are at most 0.5 %, and requests in flight together really shared steps.
+    deviation, near ties are at most 0.5 %, requests in flight together really shared steps, and every group was
+    reached over the transport that was asked for.
     """
     import torch
 
@@ -73,6 +76,8 @@ def verify(
                 "model": plan.config.model,
                 "groups": plan.config.groups,
                 "transport": transport,
+                "links": [group.transport for group in status.groups],
+                "fallbacks": sum(group.link.fallbacks for group in status.groups),
                 "prompts": load.prompts,
                 "in_flight": load.in_flight,
                 "seed": load.seed,
@@ -80,7 +85,8 @@ def verify(
                 "max_batch": status.engine.max_batch,
                 "visible_devices": [p.visible_devices for p in (status.router, *(g.process for g in status.groups))],
             }
-            report["problems"] = checks.problems(report, load)
+            wanted = [] if plan.one_process else plan.config.transports(plan.config.groups)
+            report["problems"] = checks.problems(report, load) + checks.link_problems(wanted, status)
             report["ok"] = not report["problems"]
             runs.append(report)
             verdict = "exact" if report["ok"] else "NOT EXACT: " + "; ".join(report["problems"])
@@ -100,13 +106,22 @@ def _with(base: Config, model: str, groups: int) -> Config:
 
 def _verify_table(runs: list[dict[str, Any]]) -> None:
     table = Table(
-        "arch", "groups", "tokens", "different", "logit difference / std", "near ties", "largest batch", "verdict"
+        "arch",
+        "groups",
+        "links",
+        "tokens",
+        "different",
+        "logit difference / std",
+        "near ties",
+        "largest batch",
+        "verdict",
     )
     for run in runs:
         ratio = run["max_abs_logit_diff"] / run["logit_std"] if run["logit_std"] else float("nan")
         table.add_row(
             run["arch"],
             str(run["groups"]),
+            ", ".join(sorted(set(run["links"]))),
             str(run["tokens_compared"]),
             str(run["mismatched_tokens"]),
             f"{ratio:.1e}",

@@ -72,9 +72,7 @@ def plant(source: Path, out: Path, kind: str) -> Path:
     return out
 
 
-def test_verify_passes_over_grpc_on_a_joined_cluster_and_each_process_has_its_own_gpu(
-    ray_address: str, tiny: MakeTiny
-) -> None:
+def test_verify_passes_on_a_joined_cluster_and_each_process_has_its_own_gpu(ray_address: str, tiny: MakeTiny) -> None:
     done = run(
         "verify",
         "--model",
@@ -135,6 +133,10 @@ def test_more_gpus_than_the_cluster_has_is_refused_with_numbers(ray_address: str
         (["serve", "--groups", "99"], ["groups", "99", "16 experts"]),
         (["serve", "--groups", "-1"], ["groups", "-1"]),
         (["serve", "--dtype", "fp8"], ["dtype", "fp8"]),
+        (["serve", "--transport", "carrier-pigeon"], ["data_plane.transport", "carrier-pigeon", "shm"]),
+        (["serve", "--groups", "3", "--transport", "shm,grpc"], ["data_plane.transport", "2 transports for 3 groups"]),
+        (["bench", "dispatch", "--transport", "nccl"], ["--transport", "nccl", "shm, grpc, gloo"]),
+        (["bench", "dispatch", "--tokens", "1,x"], ["--tokens", "1,x"]),
         (["serve", "--listen", "nonsense"], ["listen", "nonsense"]),
         (["verify", "--prompts", "0"], ["--prompts", "0"]),
         (["zoo", "make", "--arch", "gpt5", "--out", "/tmp/x"], ["--arch", "gpt5", "mixtral"]),
@@ -223,7 +225,7 @@ def test_commands_in_the_readme_exist() -> None:
     assert len(found) >= 6
     for names, rest in found:
         parts = names.split()
-        words = parts[:2] if parts[0] == "zoo" else parts[:1]
+        words = parts[:2] if parts[0] in ("zoo", "bench") else parts[:1]
         shown = subprocess.run(
             [*COMMAND, *words, "--help"],
             capture_output=True,
@@ -237,3 +239,25 @@ def test_commands_in_the_readme_exist() -> None:
     targets = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([\w-]+)", "\n".join(lines), re.MULTILINE):
         assert f"\n{target}:" in targets, target
+
+
+def test_verify_over_a_mix_of_links_says_how_each_group_was_reached(ray_address: str, tiny: MakeTiny) -> None:
+    flags = ["--groups", "2", "--prompts", "4", "--tokens", "12", "--in-flight", "3", "--address", ray_address]
+    done = run("verify", "--model", str(tiny("qwen3_moe")), "--transport", "shm,gloo", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    result = last_json(done)
+    assert result["links"] == ["shm", "gloo"]
+    assert result["mismatched_tokens"] == 0
+    assert result["fallbacks"] == 0
+
+
+def test_bench_dispatch_measures_beside_ray() -> None:
+    shapes = ["--tokens", "2", "--hidden", "64", "--samples", "20", "--seconds", "0.2"]
+    done = run("bench", "dispatch", *shapes, "--transport", "shm", "--transport", "grpc", "--json")
+    assert done.returncode == 0, done.stderr
+    result = last_json(done)
+    assert [row["transport"] for row in result["results"]] == ["shm", "grpc"]
+    assert result["serve_handle_p50_us"] > 0
+    assert result["ray_actor_p50_us"] > 0
+    assert {row["transport"] for row in result["beside_ray"]} == {"shm", "grpc"}
+    assert result["machine"]["cores"] >= 1

@@ -90,8 +90,9 @@ def test_the_command_line_generates_and_reports(served: ServeProcess, right_answ
     assert held == [list(range(16))] * 4
     assert all(group["healthy"] and group["process"]["rss_bytes"] > 0 for group in status["groups"])
     assert status["engine"]["finished"] >= 2
+    assert all(group["transport"] == "shm" for group in status["groups"])
     shown = run("status", "--server", served.address)
-    assert "group 0" in shown.stdout
+    assert "group 0: shm, because same host" in shown.stdout
 
 
 def test_messages_go_through_the_chat_template(served: ServeProcess) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +18,6 @@ from grpc_status import rpc_status
 from transformers import AutoModelForCausalLM
 
 from cluster.api.client import Client, Refused
-from cluster.api.frontend import Frontend
-from cluster.api.router import Router
-from cluster.api.server import ClientServer, Health
 from cluster.bench.reference import Reference
 from cluster.bench.verify import Load, ask, compare, problems
 from cluster.core import Deadline, LayerCall
@@ -30,35 +25,10 @@ from cluster.errors import Unavailable
 from cluster.rpc.v1 import inference_pb2 as pb
 from cluster.transport.base import LayerRows, PendingReply, Transport
 from tests.conftest import MakeTiny
+from tests.door import Door
 from tests.systems import SpoilLink, in_process_router
 
 SOON = 30.0
-
-
-class Door:
-    """A front door on its own event loop, in a thread."""
-
-    def __init__(self) -> None:
-        self.frontend, self.health = Frontend(), Health()
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
-        self.server, self.port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(SOON)
-        self.address = f"127.0.0.1:{self.port}"
-
-    async def _start(self) -> tuple[ClientServer, int]:
-        await self.health.set(serving=False)
-        server = ClientServer(self.frontend, self.health)
-        return server, await server.start("127.0.0.1:0")
-
-    def open(self, router: Router) -> None:
-        self.frontend.ready(router.served)
-        asyncio.run_coroutine_threadsafe(self.health.set(serving=True), self.loop).result(SOON)
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(0), self.loop).result(SOON)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(SOON)
 
 
 @pytest.fixture(scope="module")
