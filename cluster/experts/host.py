@@ -64,6 +64,7 @@ class ExpertHost:
         """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait."""
         size = rows.hidden_TH.nbytes
         error: ExpertMeshError | None = None
+        asleep = False
         with self._lock:
             if self._closed:
                 error = Unavailable("the group is shutting down")
@@ -73,9 +74,9 @@ class ExpertHost:
                 self._queued_bytes += size
                 entry = (int(call.priority), next(self._tickets), self._clock(), call, rows, pending)
                 heapq.heappush(self._heap, entry)
-                if self._asleep:
-                    self._asleep = False
-                    os.eventfd_write(self._bell, 1)
+                asleep, self._asleep = self._asleep, False
+        if asleep:
+            os.eventfd_write(self._bell, 1)  # not under the lock, which whom it wakes takes first
         if error is not None:
             pending.fail(error)
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,19 +82,30 @@ def own_interface(address: str) -> str:
         return own
 
 
-class _Group(Protocol):
+class _Group:
     """A process group of two ranks, for one direction."""
 
-    def send(self, tensor: torch.Tensor, peer: int) -> Any: ...
+    def __init__(self, group: Any) -> None:
+        self._group = group
 
-    def recv(self, tensor: torch.Tensor, peer: int) -> Any: ...
+    def send(self, tensor: torch.Tensor, peer: int) -> Any:
+        """Begins a transfer; the result is for `finish`."""
+        return self._group.send([tensor], peer, 0)
 
-    def finish(self, work: Any, timeout_s: float) -> None: ...
+    def recv(self, tensor: torch.Tensor, peer: int) -> Any:
+        """Posts a receive; the result is for `finish`."""
+        return self._group.recv([tensor], peer, 0)
 
-    def abort(self) -> None: ...
+    def finish(self, work: Any, timeout_s: float) -> None:
+        """Waits for a transfer. Raises RuntimeError when it fails or takes too long."""
+        work.wait(timedelta(seconds=max(0.001, timeout_s)))
+
+    def abort(self) -> None:
+        """Ends it; transfers under way fail."""
+        self._group.abort()
 
 
-class _Gloo:
+class _Gloo(_Group):
     """``interface`` is the address of this end's own interface."""
 
     def __init__(self, store: TorchStore, rank: int, timeout_s: float, interface: str) -> None:
@@ -102,46 +113,26 @@ class _Gloo:
         options = kind._Options()
         options._timeout, options._threads = timedelta(seconds=timeout_s), 1
         options._devices = [kind.create_device(hostname=interface, interface="")]
-        self._group = kind(store, rank, 2, options)
-
-    def send(self, tensor: torch.Tensor, peer: int) -> Any:
-        return self._group.send([tensor], peer, 0)
-
-    def recv(self, tensor: torch.Tensor, peer: int) -> Any:
-        return self._group.recv([tensor], peer, 0)
-
-    def finish(self, work: Any, timeout_s: float) -> None:
-        work.wait(timedelta(seconds=max(0.001, timeout_s)))
-
-    def abort(self) -> None:
-        self._group.abort()
+        super().__init__(kind(store, rank, 2, options))
 
 
-class _Nccl:
+class _Nccl(_Group):
     """NCCL has no time-out of its own for a point-to-point wait, so completion is polled for."""
 
     def __init__(self, store: TorchStore, rank: int, timeout_s: float) -> None:
         kind: Any = dist.ProcessGroupNCCL
         options = kind.Options()
         options._timeout = timedelta(seconds=timeout_s)
-        self._group = kind(store, rank, 2, options)
-
-    def send(self, tensor: torch.Tensor, peer: int) -> Any:
-        return self._group.send([tensor], peer, 0)
-
-    def recv(self, tensor: torch.Tensor, peer: int) -> Any:
-        return self._group.recv([tensor], peer, 0)
+        super().__init__(kind(store, rank, 2, options))
 
     def finish(self, work: Any, timeout_s: float) -> None:
+        """As above."""
         deadline = Deadline.after(timeout_s)
         while not work.is_completed():
             if deadline.expired():
                 raise RuntimeError(f"NCCL did not complete a transfer within {timeout_s:g} s")
             time.sleep(_POLL_S)
         work.wait()  # orders this thread's stream behind the transfer
-
-    def abort(self) -> None:
-        self._group.abort()
 
 
 class PayloadPair:

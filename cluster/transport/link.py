@@ -7,7 +7,6 @@ dispatcher sends them again at once. A thread makes what is down again, with gro
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -190,8 +189,10 @@ class Link:
 
     def _keep(self) -> None:
         while not self._stop.wait(CHECK_PERIOD_S):
-            with contextlib.suppress(ExpertMeshError):
+            try:
                 self._check()
+            except Exception:
+                log.exception("keeping the link to group %d failed", self.group)
             self._progress_s = self._clock()
 
     def _check(self) -> None:
