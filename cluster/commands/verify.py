@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,14 +45,17 @@ def verify(
     load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed)
     listen = "127.0.0.1:0" if front_door == "router" else DEFAULT_SERVER
     flags = {"dtype": "fp32", "verify": True, "front_door": front_door, "listen": listen, "address": address}
-    base = load_config(flags={**flags, "data_plane": {"transport": transport}})
+
+    def settings(path: str, count: int, kinds: str) -> Config:
+        return load_config(flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds}})
+
     models = model or [str(EMBEDDED_MODEL)]
-    plans = [composition.make_plan(_with(base, path, count)) for path in models for count in (groups or [2])]
+    plans = [composition.make_plan(settings(path, count, transport)) for path in models for count in (groups or [2])]
     reference_path = Path(reference) if reference else None
     if reference_path is not None:
-        composition.make_plan(_with(base, str(reference_path), 0))  # refuses what is no checkpoint
+        composition.make_plan(settings(str(reference_path), 0, "inproc"))  # refuses what is no checkpoint
     runs: list[dict[str, Any]] = []
-    with stopping() as stop, reporting() as progress, composition.RaySession(base, progress):
+    with stopping() as stop, reporting() as progress, composition.RaySession(plans[0].config, progress):
         stop.arm()
         oracles: dict[Path, Reference] = {}
         for number, plan in enumerate(plans, 1):
@@ -98,10 +100,6 @@ def verify(
         _verify_table(runs)
     if not result["ok"]:
         raise typer.Exit(1)
-
-
-def _with(base: Config, model: str, groups: int) -> Config:
-    return dataclasses.replace(base, model=model, groups=groups)
 
 
 def _verify_table(runs: list[dict[str, Any]]) -> None:

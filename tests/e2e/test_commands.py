@@ -139,6 +139,7 @@ def test_more_gpus_than_the_cluster_has_is_refused_with_numbers(ray_address: str
         (["bench", "dispatch", "--tokens", "1,x"], ["--tokens", "1,x"]),
         (["serve", "--listen", "nonsense"], ["listen", "nonsense"]),
         (["verify", "--prompts", "0"], ["--prompts", "0"]),
+        (["verify", "--groups", "3", "--transport", "shm,grpc"], ["data_plane.transport", "2 transports for 3 groups"]),
         (["zoo", "make", "--arch", "gpt5", "--out", "/tmp/x"], ["--arch", "gpt5", "mixtral"]),
         (["zoo", "make", "--arch", "mixtral", "--preset", "bench-700m", "--out", "/tmp/x"], ["--arch", "qwen3_moe"]),
         (["zoo", "make", "--arch", "mixtral", "--out", str(ROOT)], ["--out", "empty"]),
