@@ -120,6 +120,9 @@ class _PumpedReply(PendingReply):
 
     def _wait(self, deadline: Deadline) -> None:
         self.link.pump(self, deadline)
+        broken = self.link.broken
+        if broken is not None:  # whoever found that out is about to say so here too
+            self.fail(LinkBroken(str(broken)))
 
 
 class ShmTransport:
@@ -143,7 +146,7 @@ class ShmTransport:
     ) -> None:
         self.group, self.address, self.clock = group, address, clock
         self._waiting: dict[int, _PumpedReply] = {}
-        self._broken: ExpertMeshError | None = None
+        self.broken: ExpertMeshError | None = None
         self._reader = threading.Lock()  # held by whoever reads the socket
         self._turn = threading.Condition()
         self._num_followers = 0
@@ -221,14 +224,14 @@ class ShmTransport:
                 self._map[slot.pairs_offset : slot.pairs_offset + PAIR_BYTES * num_pairs] = pairs_3P.data
             # Setting and popping are atomic, and whoever breaks the link says so before it looks at who waits.
             pending = self._waiting[call.call_id] = _PumpedReply(self, call, slot)
-            if self._broken is None:
+            if self.broken is None:
                 self._send(header, deadline)
         except DeadlineExceeded as exc:
             # Half a call is out, perhaps: nobody knows what the group makes of its memory.
             self._break(LinkBroken(str(exc)))
-        if self._broken is not None:
+        if self.broken is not None:
             self._waiting.pop(call.call_id, None)
-            raise LinkBroken(str(self._broken))
+            raise LinkBroken(str(self.broken))
         # The group is at work now: what the answer needs is made meanwhile, unless somebody reads answers already.
         if self._reader.acquire(blocking=False):
             if call.call_id in self._waiting:
@@ -255,8 +258,8 @@ class ShmTransport:
             return _Slot(offset, size, home, self._base, shape, dtype)
 
         while (slot := self._memory.make(home, size, make)) is None:
-            if self._broken is not None:
-                raise LinkBroken(str(self._broken))
+            if self.broken is not None:
+                raise LinkBroken(str(self.broken))
             if deadline.expired():
                 raise DeadlineExceeded(f"the memory of the link to group {self.group} is full")
             # Answers that arrive give memory back; those that somebody still looks at do so without a message.
@@ -281,7 +284,7 @@ class ShmTransport:
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`. The call's memory is free when the group has answered, which it does in any case."""
         pending.fail(DeadlineExceeded(f"call {pending.call.call_id} to group {self.group} was cancelled"))
-        if self._waiting.get(pending.call.call_id) is pending and self._broken is None:
+        if self._waiting.get(pending.call.call_id) is pending and self.broken is None:
             # When the socket is full the group computes the call for nothing.
             with contextlib.suppress(DeadlineExceeded):
                 self._send(encode_cancel(pending.call.call_id), Deadline(0.0))
@@ -293,11 +296,11 @@ class ShmTransport:
 
         One thread reads at a time; the others wait for their answer or for their turn.
         """
-        while self._broken is None and not (pending is not None and pending.done()):
+        while self.broken is None and not (pending is not None and pending.done()):
             if self._reader.acquire(blocking=False):
                 try:
                     # Whoever read before may have had the answer in hand already.
-                    while self._broken is None and not (pending is not None and pending.done()):
+                    while self.broken is None and not (pending is not None and pending.done()):
                         got = self._receive(deadline.remaining_s())
                         if pending is None:
                             if got or deadline.expired():
@@ -372,7 +375,7 @@ class ShmTransport:
 
     def healthy(self) -> bool:
         """See `Transport`. Looks at the socket when nobody else does: a dead group closes it."""
-        if self._broken is None and self._reader.acquire(blocking=False):
+        if self.broken is None and self._reader.acquire(blocking=False):
             try:
                 while self._receive(0.0):
                     pass
@@ -380,7 +383,7 @@ class ShmTransport:
             finally:
                 self._reader.release()
                 self._wake_followers()
-        return self._broken is None
+        return self.broken is None
 
     def close(self) -> None:
         """See `Transport`."""
@@ -390,8 +393,8 @@ class ShmTransport:
             self._reader.release()
 
     def _break(self, error: ExpertMeshError) -> None:
-        if self._broken is None:
-            self._broken = error
+        if self.broken is None:
+            self.broken = error
         waiting = list(self._waiting.values())
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
