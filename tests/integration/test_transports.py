@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +260,8 @@ def test_a_peer_that_never_answers_costs_the_deadline_and_no_more(kind: str, pro
     link = connect(kind, process)
     answer(link, 1, rows(2))
     process.process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.process.pid}/task")
+    wait_until(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
     began_s = time.monotonic()
     pending = link.submit(call(2), rows(2), soon())
     with pytest.raises(DeadlineExceeded):
