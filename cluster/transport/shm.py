@@ -194,7 +194,6 @@ class ShmTransport:
             raise LinkRefused(f"group {self.group} refused the shared-memory link: {reason}")
         if welcome.nonce != nonce:
             raise LinkBroken(f"group {self.group} does not see the same memory")
-        self.incarnation = welcome.incarnation
 
     def _trim(self, high: int) -> None:
         with contextlib.suppress(OSError):  # not every kernel can; the memory then stays with the link
