@@ -78,7 +78,7 @@ class Plan:
     @property
     def one_process(self) -> bool:
         """The groups live in the router's process."""
-        return self.config.groups == 0 or "inproc" in self.config.transports(self.config.groups)
+        return self.config.groups == 0 or "inproc" in self.config.transports()
 
 
 def make_plan(config: Config) -> Plan:

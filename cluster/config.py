@@ -110,13 +110,13 @@ class Config:
         split_address("listen", self.listen)
 
     def _check_transport(self) -> None:
-        kinds = self.transports(self.groups)
+        kinds = self.transports()
         for kind in kinds:
             _one_of("data_plane.transport", kind, TRANSPORTS)
-        if len(kinds) > 1 and "inproc" in kinds and len(set(kinds)) > 1:
+        if "inproc" in kinds and len(set(kinds)) > 1:
             raise ConfigError("data_plane.transport: inproc is for all groups or none")
 
-    def transports(self, num_groups: int) -> list[str]:
+    def transports(self) -> list[str]:
         """The transport of each group's link.
 
         Raises:
@@ -124,10 +124,10 @@ class Config:
         """
         kinds = [kind.strip() for kind in self.data_plane.transport.split(",")]
         if len(kinds) == 1:
-            return kinds * max(1, num_groups)
-        if len(kinds) != num_groups:
+            return kinds * max(1, self.groups)
+        if len(kinds) != self.groups:
             raise ConfigError(
-                f"data_plane.transport: got {len(kinds)} transports for {num_groups} groups; give one for all, or one "
+                f"data_plane.transport: got {len(kinds)} transports for {self.groups} groups; give one for all, or one "
                 "for each group"
             )
         return kinds

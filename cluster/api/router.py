@@ -79,7 +79,7 @@ class Router:
         self.served = Served(self.engine, tokenizer, limits, info, self.status)
 
     def _connector(self) -> Connector:
-        data_plane, kinds = self._config.data_plane, self._config.transports(self._config.groups)
+        data_plane, kinds = self._config.data_plane, self._config.transports()
         hello = links_pb2.Hello(
             fingerprint=self._checkpoint.fingerprint,
             dtype=self._dtype,

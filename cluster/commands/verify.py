@@ -87,7 +87,7 @@ def verify(
                 "max_batch": status.engine.max_batch,
                 "visible_devices": [p.visible_devices for p in (status.router, *(g.process for g in status.groups))],
             }
-            wanted = [] if plan.one_process else plan.config.transports(plan.config.groups)
+            wanted = [] if plan.one_process else plan.config.transports()
             report["problems"] = checks.problems(report, load) + checks.link_problems(wanted, status)
             report["ok"] = not report["problems"]
             runs.append(report)

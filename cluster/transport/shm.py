@@ -31,14 +31,12 @@ import torch
 from cluster.core import Clock, Deadline, GroupId, LayerCall
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, LinkBroken, LinkRefused
 from cluster.rpc.v1 import links_pb2
-from cluster.transport.arena import ALIGNMENT, Block, LeasedMemory
+from cluster.transport.arena import LeasedMemory
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 from cluster.transport.codec import (
     PAIR_BYTES,
     PROTOCOL_VERSION,
-    Placement,
     encode_cancel,
-    encode_form,
     encode_go,
     encode_ids,
     on_cpu,
@@ -47,17 +45,15 @@ from cluster.transport.handshake import decode_welcome, encode_hello
 from cluster.transport.replies import (
     decode_reply_head,
     decode_times,
-    good_reply,
     raise_for_status,
 )
+from cluster.transport.slot import Slot
 
 _FP32 = np.dtype("<f4")
 MEMORY_BYTES = 1024**3
 """Address space of one link. Pages take memory once they are touched, and blocks are taken from the low end."""
 KEPT_BYTES = 64 * 1024**2
 """What is above goes back to the system as soon as a link is idle."""
-AHEAD_BYTES = 256 * 1024
-"""Copying up to so much takes no longer than the group takes to wake up and read the header."""
 REUSED_BYTES = 1024**2
 """Blocks up to this size are kept for the next call of the same shape."""
 NONCE_BYTES = 32
@@ -78,42 +74,12 @@ def copy_out(tensor: torch.Tensor, address: int, num_bytes: int) -> None:
     ctypes.memmove(address, tensor.data_ptr(), num_bytes)
 
 
-class _Slot(Block):
-    """The memory of one call: rows, answer, pairs. What the next call of the same shape needs of it is worked out
-    once."""
-
-    __slots__ = ("address", "ahead", "form", "good", "pairs_offset", "reply_offset", "rows_bytes", "shape")
-
-    def __init__(
-        self, offset: int, size: int, home: deque[Any], base: int, shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        super().__init__(offset, size, home)
-        elements = shape[0] * shape[1]
-        self.shape, self.rows_bytes, self.address = shape, elements * dtype.itemsize, base + offset
-        self.reply_offset = offset + _up(self.rows_bytes)
-        self.pairs_offset = self.reply_offset + _up(4 * elements)
-        self.good = good_reply(shape, Placement.SHARED)
-        self.ahead = self.rows_bytes <= AHEAD_BYTES
-        placement = Placement.AHEAD if self.ahead else Placement.SHARED
-        self.form = encode_form(dtype, shape, placement, offset, self.pairs_offset, self.reply_offset)
-
-    @staticmethod
-    def size_for(shape: tuple[int, int], dtype: torch.dtype, max_pairs: int) -> int:
-        """Bytes of a slot."""
-        elements = shape[0] * shape[1]
-        return _up(elements * dtype.itemsize) + _up(4 * elements) + PAIR_BYTES * max_pairs
-
-
-def _up(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
 class _PumpedReply(PendingReply):
     """A reply whose waiter reads the socket. ``partial_TH``, once it is there, owns the slot."""
 
     __slots__ = ("link", "partial_TH", "slot")
 
-    def __init__(self, link: ShmTransport, call: LayerCall, slot: _Slot) -> None:
+    def __init__(self, link: ShmTransport, call: LayerCall, slot: Slot) -> None:
         super().__init__(link.group, call, link.clock, latched=False)
         self.link, self.slot = link, slot
         self.partial_TH: torch.Tensor | None = None
@@ -240,21 +206,21 @@ class ShmTransport:
                 self._wake_followers()
         return pending
 
-    def _lease(self, slot: _Slot) -> torch.Tensor:
+    def _lease(self, slot: Slot) -> torch.Tensor:
         return torch.from_numpy(self._memory.lease(slot, slot.reply_offset, slot.shape, _FP32))
 
-    def _new_slot(self, kind: tuple[torch.Size, torch.dtype, int], deadline: Deadline) -> _Slot:
+    def _new_slot(self, kind: tuple[torch.Size, torch.dtype, int], deadline: Deadline) -> Slot:
         (num_tokens, hidden_size), dtype, bits = kind
         shape = (num_tokens, hidden_size)
-        size = _Slot.size_for(shape, dtype, 1 << bits)
+        size = Slot.size_for(shape, dtype, 1 << bits)
         if size > self._memory.capacity:
             limit = self._memory.capacity
             raise InvalidArgument("payload", size, f"with its answer it must fit {limit} bytes: split it")
         # Large ones are seldom of the same shape again, and would keep much memory: their blocks are divided anew.
         home = self._memory.home(kind if size <= REUSED_BYTES else None)
 
-        def make(offset: int, size: int, home: deque[Any]) -> _Slot:
-            return _Slot(offset, size, home, self._base, shape, dtype)
+        def make(offset: int, size: int, home: deque[Any]) -> Slot:
+            return Slot(offset, size, home, self._base, shape, dtype)
 
         while (slot := self._memory.make(home, size, make)) is None:
             if self.broken is not None:
@@ -263,7 +229,7 @@ class ShmTransport:
                 raise DeadlineExceeded(f"the memory of the link to group {self.group} is full")
             # Answers that arrive give memory back; those that somebody still looks at do so without a message.
             self.pump(None, deadline.earlier(Deadline.after(0.005, self.clock)))
-        assert isinstance(slot, _Slot)
+        assert isinstance(slot, Slot)
         return slot
 
     def _send(self, frame: bytes, deadline: Deadline) -> None:
