@@ -52,7 +52,8 @@ class ExpertHost:
         self._closed = self._busy = self._asleep = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
-        self._epoll.register(self._bell, select.EPOLLIN)
+        self._epoll.register(self._bell, select.EPOLLIN | select.EPOLLET)  # each ring wakes once and need not be read
+        self._only_bell = [(self._bell, select.EPOLLIN)]
         self._watched: dict[int, Callable[[int], None]] = {}
         self.calls = 0
         self._progress_s = clock()
@@ -146,10 +147,9 @@ class ExpertHost:
             self._asleep = False
             if not events:
                 return
+            if events == self._only_bell:
+                return
             for fd, event in events:
-                if fd == self._bell:
-                    os.eventfd_read(self._bell)
-                    continue
                 ready = self._watched.get(fd)
                 if ready is not None:
                     try:

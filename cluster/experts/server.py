@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -40,6 +41,8 @@ from cluster.transport.replies import (
 
 log = logging.getLogger(__name__)
 
+Parsed = bytes | ExpertMeshError
+_TAKEN = b"\0"
 _CALL, _CANCEL = int(Kind.CALL), int(Kind.CANCEL)
 ALL_INTERFACES = ("0.0.0.0", "[::]")
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -66,6 +69,7 @@ class _Stream:
         self.calls: dict[int, PendingReply] = {}
         self._order = threading.Lock()
         self.payload: PayloadPair | None = None
+        self.calls_inline = False
 
     def end(self, error: LinkBroken | None = None) -> None:
         """The stream's sender stops."""
@@ -88,6 +92,18 @@ class _Stream:
         with self._order:
             self.outbox.put(reply_header(call_id, reply, Placement.ANNOUNCED))
             self.payload.send(reply.partial_TH)
+
+    def parse(self, frame: bytes) -> Parsed:
+        """Takes a call where gRPC makes messages out of bytes, in the thread that received them: one hand-over less
+        than behind the stream's iterator. A payload must be waited for, which that thread must not do. The iterator
+        gets what is left to do."""
+        if not self.calls_inline:
+            return frame
+        try:
+            self.take(frame)
+        except ExpertMeshError as exc:
+            return exc
+        return _TAKEN
 
     def take(self, frame: bytes) -> None:
         """One frame of the router.
@@ -160,13 +176,17 @@ class _Calls:
         self._store: Store | None = None
         self.streams: set[grpc.ServicerContext] = set()
 
-    def serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def new_stream(self) -> _Stream:
+        """For a router that is about to say hello."""
+        return _Stream(self._identity.group, self._handler)
+
+    def serve(self, stream: _Stream, frames: Iterator[Parsed], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The method's handler; runs in a thread of the server for as long as the stream lives."""
         impatience = threading.Timer(HANDSHAKE_TIMEOUT_S, context.cancel)
         impatience.start()
         first = next(frames, b"")
         impatience.cancel()
-        hello = decode_hello(first)
+        hello = decode_hello(first) if isinstance(first, bytes) else None
         problem = self._identity.refusal(hello)
         if hello is not None and not problem and hello.payload and hello.payload not in available():
             problem = f"this group has no {hello.payload}"
@@ -174,7 +194,7 @@ class _Calls:
             log.warning("link refused: %s", problem)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
             return
-        stream = _Stream(self._identity.group, self._handler)
+        stream.calls_inline = not hello.payload
         context.add_callback(stream.end)
         self.streams.add(context)
         try:
@@ -202,7 +222,7 @@ class _Calls:
             welcome.store = self._store.address
         return welcome
 
-    def _read(self, frames: Iterator[bytes], hello: links_pb2.Hello, stream: _Stream) -> None:
+    def _read(self, frames: Iterator[Parsed], hello: links_pb2.Hello, stream: _Stream) -> None:
         try:
             if hello.payload:
                 assert self._store is not None
@@ -217,7 +237,10 @@ class _Calls:
                     stream.end,
                 )
             for frame in frames:
-                stream.take(frame)
+                if isinstance(frame, ExpertMeshError):
+                    raise frame
+                if frame is not _TAKEN:
+                    stream.take(frame)
         except ExpertMeshError as exc:
             log.warning("link ended: %s", exc)
         except grpc.RpcError:
@@ -226,6 +249,21 @@ class _Calls:
             log.debug("link ended while it was read", exc_info=True)
         finally:
             stream.end()
+
+
+class _Streams(grpc.GenericRpcHandler):
+    """Gives every stream its own way from bytes to calls."""
+
+    def __init__(self, calls: _Calls) -> None:
+        self._calls = calls
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """See `grpc.GenericRpcHandler`."""
+        if handler_call_details.method != f"/{SERVICE}/{METHOD}":
+            return None
+        stream = self._calls.new_stream()
+        behavior = functools.partial(self._calls.serve, stream)
+        return grpc.stream_stream_rpc_method_handler(behavior, request_deserializer=stream.parse)
 
 
 class DataPlaneServer:
@@ -249,8 +287,7 @@ class DataPlaneServer:
         )
         host = host_address if bind in ALL_INTERFACES else bind
         self._calls = _Calls(identity, handler, offers or Offers(), bind, host)
-        method: Any = grpc.stream_stream_rpc_method_handler(self._calls.serve)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
+        self._server.add_generic_rpc_handlers((_Streams(self._calls),))
         try:
             port = self._server.add_insecure_port(f"{bind}:0")
         except RuntimeError as exc:
