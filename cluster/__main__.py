@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster import __version__
-from cluster.commands import bench, demo, generate, serve, status, verify, zoo
+from cluster.commands import bench, bench_engine, bench_serve, demo, generate, serve, status, verify, zoo
 from cluster.commands.common import Stopped, stderr, stdout
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError, InvalidArgument
 
@@ -49,6 +49,21 @@ app.add_typer(zoo_app, name="zoo")
 bench_app.command(
     "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
 )(bench.dispatch)
+bench_app.command(
+    "serve",
+    epilog=_examples(
+        "expertmesh bench serve --rate 2 --duration 60",
+        "expertmesh bench serve --server 127.0.0.1:9000 --prompt-dist uniform:8:96 --json",
+        "expertmesh bench serve --also every:5s,prompt=fixed:1500,name=long --record load.jsonl",
+        "expertmesh bench serve --replay load.jsonl",
+    ),
+)(bench_serve.serve)
+bench_app.command(
+    "engine", epilog=_examples("expertmesh bench engine --model ./my-moe --batch 1,8,16 --groups 2 --json")
+)(bench_engine.engine)
+bench_app.command(
+    "compare", epilog=_examples("expertmesh bench compare --model ./my-moe --peers transformers,vllm,llama.cpp")
+)(bench_engine.compare)
 app.add_typer(bench_app, name="bench")
 
 

@@ -29,7 +29,7 @@ from cluster import errors
 from cluster.api.ports import free_port, wait_for_port
 from cluster.api.router import Router
 from cluster.api.serve import RouterShell
-from cluster.config import Config, split_address
+from cluster.config import COMPUTE_ENVIRONMENT, Config, split_address
 from cluster.control.serve import GROUP_APP_PREFIX, CoordinatorShell, group_app
 from cluster.core import Deadline, GroupInfo, Membership
 from cluster.errors import ConfigError, ExpertMeshError, InternalError, Unavailable
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 APP = "expertmesh"
 INGRESS_TIMEOUT_S = 30.0
+PACKED_SHARE = 0.6
+"""Of the memory that is available: experts get a second layout only where everything fits into that much."""
 REMOVE_TIMEOUT_S = 60.0
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
@@ -57,8 +59,7 @@ GRPC_FUNCTIONS = [
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 _ENVIRONMENT = {
-    # OpenMP threads that spin for long after a parallel region hold the core that the other process needs.
-    "GOMP_SPINCOUNT": "20000",
+    **COMPUTE_ENVIRONMENT,
     # A transfer that fails breaks its link, and gRPC carries on: NCCL's watchdog would end the process instead.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
 }
@@ -99,9 +100,26 @@ def make_plan(config: Config) -> Plan:
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))
     experts_per_layer = tuple(layer.num_experts for layer in weights.skeleton.moe_layers)
     holdings = tuple(plan_blocks(experts_per_layer, max(1, config.groups)))
-    plan = Plan(config, experts_per_layer, holdings, ())
-    processes = footprints(weights, holdings, dtype, config.engine.kv_cache_bytes, plan.one_process)
-    return dataclasses.replace(plan, processes=tuple(processes))
+    return _with_sizes(Plan(config, experts_per_layer, holdings, ()), weights, dtype)
+
+
+def _with_sizes(plan: Plan, weights: WeightMap, dtype: torch.dtype) -> Plan:
+    """The plan with bytes of its processes, and with ``packed_experts`` decided."""
+    config = plan.config
+    on_cpu = config.device != "cuda" and not torch.cuda.is_available() and dtype is torch.float32
+    bits = {"int8": 8, "bf16": 16}.get(config.expert_dtype, 8 * dtype.itemsize)
+    dense = on_cpu and bits == 8 * dtype.itemsize
+
+    def sizes(copies: int) -> list[Footprint]:
+        cache = config.engine.kv_cache_bytes
+        return footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, 2 if on_cpu else 1)
+
+    packed = config.packed_experts
+    if packed == "auto":
+        fits = sum(process.total for process in sizes(2)) <= PACKED_SHARE * available_bytes()
+        packed = "on" if dense and fits else "off"
+        plan = dataclasses.replace(plan, config=dataclasses.replace(config, packed_experts=packed))
+    return dataclasses.replace(plan, processes=tuple(sizes(2 if dense and packed == "on" else 1)))
 
 
 # -- what runs in the router's process -----------------------------------------------------------------------------

@@ -23,6 +23,14 @@ from cluster.errors import ConfigError
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "embedded"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+COMPUTE_ENVIRONMENT = {
+    # OpenMP threads that spin for long after a parallel region hold the core that another thread or process needs.
+    "GOMP_SPINCOUNT": "2000",
+    # Weights in huge pages: a product that reads them once waits less for address translation (10 % here).
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Of every process that computes; libraries read it when they are loaded."""
+EXPERT_DTYPES = ("auto", "fp32", "bf16", "int8")
 TRANSPORTS = ("auto", "shm", "grpc", "nccl", "gloo", "inproc")
 
 
@@ -36,8 +44,14 @@ class EngineConfig:
     """Requests that wait for a place at most; one more is refused with RESOURCE_EXHAUSTED."""
     step_token_budget: int = 512
     """Tokens of one step at most; decode tokens first, the rest goes to prefill chunks."""
+    prefill_chunk: int = 128
+    """Prefill tokens of a step at most while any sequence decodes: bounds the gap between two tokens of a stream."""
     kv_cache_bytes: int = 2 * 1024**3
-    """Bytes of key-value cache at most; admission waits for room."""
+    """Bytes of key-value cache at most; admission waits for room, and when it runs out the last to come starts over."""
+    block_size: int = 16
+    """Tokens of one block of the key-value cache."""
+    prefix_caching: bool = True
+    """Keeps the blocks of requests that have ended, as long as there is room, for requests that begin alike."""
     default_max_new_tokens: int = 128
     """What a request without max_new_tokens gets."""
     max_deadline_s: float = 600.0
@@ -73,6 +87,12 @@ class Config:
     """Expert groups; 0 keeps all experts in the router's process."""
     dtype: str = "auto"
     """auto is the checkpoint's dtype on GPUs and fp32 on CPUs."""
+    expert_dtype: str = "auto"
+    """Of expert weights: auto (the served dtype, exact); fp32, bf16 or int8 (on CPUs that serve fp32; other weights
+    than the checkpoint's, so answers say that they are not exact)."""
+    packed_experts: str = "auto"
+    """on: CPUs keep a second copy of expert weights in the layout that is best for many rows; off: they do not; auto:
+    where memory permits."""
     device: str = "auto"
     """auto takes GPUs when the cluster has them."""
     listen: str = "127.0.0.1:9000"
@@ -94,6 +114,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
+        _one_of("packed_experts", self.packed_experts, ("auto", "on", "off"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("front_door", self.front_door, ("router", "serve"))
         self._check_transport()
@@ -101,7 +123,8 @@ class Config:
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)
-        for name in ("max_running", "max_waiting", "step_token_budget", "kv_cache_bytes", "default_max_new_tokens"):
+        positive = ("max_running", "max_waiting", "step_token_budget", "prefill_chunk", "kv_cache_bytes", "block_size")
+        for name in (*positive, "default_max_new_tokens"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
         _at_least("engine.max_deadline_s", self.engine.max_deadline_s, 0.001)
         _at_least("data_plane.call_timeout_s", self.data_plane.call_timeout_s, 0.001)

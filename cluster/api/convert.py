@@ -42,6 +42,7 @@ class ModelLimits:
     default_max_new_tokens: int
     max_deadline_s: float
     verify: bool
+    exact: bool = True
 
 
 def to_request(
@@ -192,7 +193,11 @@ def _deadline(message: pb.GenerateRequest, limits: ModelLimits, time_left_s: flo
 
 
 def to_chunk(
-    events: Sequence[TokenEvent], request: Request, num_generated: int, extra_stages: Sequence[tuple[str, float]]
+    events: Sequence[TokenEvent],
+    request: Request,
+    num_generated: int,
+    extra_stages: Sequence[tuple[str, float]],
+    exact: bool,
 ) -> pb.GenerateChunk:
     """One chunk of consecutive events; ``num_generated`` tokens came before and with them."""
     chunk = pb.GenerateChunk(text="".join(event.text for event in events), trace_id=request.trace_id)
@@ -204,7 +209,7 @@ def to_chunk(
         chunk.finish_reason = _FINISH[last.finish]
         chunk.usage.prompt_tokens = len(request.prompt_ids)
         chunk.usage.completion_tokens = num_generated
-        chunk.exact = True
+        chunk.exact = exact
         stages = [*extra_stages, *(last.ledger.items() if last.ledger is not None else ())]
         chunk.stages.extend(pb.StageTime(stage=name, seconds=seconds) for name, seconds in stages if seconds > 0)
     return chunk

@@ -97,7 +97,7 @@ class Frontend:
                 num_generated += sum(event.token is not None for event in good)
                 ended = batch[-1].last
                 if good:
-                    yield to_chunk(good, request, num_generated, tokenize)
+                    yield to_chunk(good, request, num_generated, tokenize, served.limits.exact)
                 if batch[-1].error is not None:
                     raise batch[-1].error
         finally:

@@ -13,11 +13,13 @@ from cluster.api.convert import ModelLimits
 from cluster.api.frontend import Served
 from cluster.config import Config
 from cluster.core import Deadline, GroupInfo, Membership
+from cluster.engine.blocks import num_blocks_of
 from cluster.engine.engine import Engine
 from cluster.engine.text import load_tokenizer
 from cluster.errors import CheckpointError
 from cluster.experts.group import visible_devices
-from cluster.model.packed import Chunk, SequenceKv
+from cluster.model.kv import KvStore
+from cluster.model.packed import Chunk
 from cluster.model.trunk import Trunk
 from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
@@ -58,6 +60,7 @@ class Router:
         self._device = device = pick_device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint.dtype, device.type == "cuda")
         self._dtype = DTYPE_NAMES[dtype]
+        self._exact = config.expert_dtype in ("auto", self._dtype)
         torch.set_num_threads(threads)
         self.fabric = Fabric(fetch, local_links or self._connector())
         dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
@@ -66,6 +69,7 @@ class Router:
         self.fabric.start(config.start_timeout_s)
         kv_bytes_per_token = self._warm_up()
         self.engine = Engine(self._trunk.forward, tokenizer, config.engine, kv_bytes_per_token, threads)
+        self._trunk.store = KvStore(num_blocks_of(config.engine, kv_bytes_per_token), config.engine.block_size)
         info = self._model_info(skeleton, has_tokenizer=tokenizer is not None)
         limits = ModelLimits(
             vocab_size=info.vocab_size,
@@ -75,6 +79,7 @@ class Router:
             default_max_new_tokens=min(config.engine.default_max_new_tokens, skeleton.context_length),
             max_deadline_s=config.engine.max_deadline_s,
             verify=config.verify,
+            exact=self._exact,
         )
         self.served = Served(self.engine, tokenizer, limits, info, self.status)
 
@@ -89,10 +94,11 @@ class Router:
         return Connector(hello, lambda group: kinds[group % len(kinds)], self._device, data_plane.payload_timeout_s)
 
     def _warm_up(self) -> int:
-        """One step through trunk and groups; returns key-value bytes a token."""
-        kv = SequenceKv(_WARM_UP_TOKENS)
-        self._trunk.forward([Chunk(range(_WARM_UP_TOKENS), kv)], StepContext(0))
-        return kv.num_bytes // _WARM_UP_TOKENS
+        """Steps through trunk and groups, with several tokens and with one; returns key-value bytes a token."""
+        self._trunk.store = KvStore(1, _WARM_UP_TOKENS + 1)
+        self._trunk.forward([Chunk(range(_WARM_UP_TOKENS), 0, [0])], StepContext(0))
+        self._trunk.forward([Chunk([0], _WARM_UP_TOKENS, [0])], StepContext(0))
+        return self._trunk.store.bytes_per_token
 
     def _model_info(self, skeleton: Skeleton, has_tokenizer: bool) -> inference_pb2.ModelInfoReply:
         checkpoint = self._checkpoint
@@ -123,6 +129,7 @@ class Router:
             table_version=membership.table.version,
             uncovered_experts=[f"{e.layer}/{e.expert}" for e in membership.table.uncovered()],
             trunk_bytes=self._trunk.num_bytes,
+            expert_dtype="" if self._exact else self._config.expert_dtype,
         )
         for group, info in sorted(membership.groups.items()):
             reply.groups.append(_group_status(info, *links.get(group, (NO_LINK, 0))))
@@ -149,6 +156,13 @@ class Router:
                 kv_used_bytes=stats.kv_used_bytes,
                 kv_limit_bytes=self._config.engine.kv_cache_bytes,
                 progress_age_s=self.engine.progress_age_s(),
+                kv_cached_bytes=stats.kv_cached_bytes,
+                kv_blocks=stats.kv_blocks,
+                kv_blocks_used=stats.kv_blocks_used,
+                kv_blocks_free=stats.kv_blocks_free,
+                preemptions=stats.preemptions,
+                prompt_tokens=stats.prompt_tokens,
+                prefix_hit_tokens=stats.prefix_hit_tokens,
             )
         )
         reply.loops.add(name="fabric", progress_age_s=self.fabric.progress_age_s())

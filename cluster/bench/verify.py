@@ -6,6 +6,7 @@ reference is forced along the served tokens, so that one difference does not hid
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import time
@@ -19,6 +20,8 @@ import torch
 
 from cluster.api.client import Client
 from cluster.bench.reference import Reference
+from cluster.config import EMBEDDED_MODEL
+from cluster.engine.text import Tokenizer
 from cluster.errors import InvalidArgument
 from cluster.rpc.v1 import control_pb2, inference_pb2
 
@@ -26,20 +29,29 @@ MIN_PROMPT, MAX_PROMPT = 8, 96
 LOGIT_LIMIT = 1e-4
 """Largest difference allowed, as a multiple of the standard deviation of the reference's logits. Honest error of fp32
 is about 2e-6; one wrong expert or two swapped gate weights make at least 2e-4 on the zoo's models."""
+WINDOW, FIRST_POSITION, NUM_WINDOWS, IN_FLIGHT = 128, 16, 10, 8
+PERPLEXITY_LIMIT = 0.01
+"""How much perplexity may rise with expert weights of fewer bits."""
 NEAR_TIE = 1e-5
 NEAR_TIE_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked: ``prompts`` random prompts of 8 to 96 tokens, ``tokens`` new ones each, ``in_flight`` at once."""
+    """What is asked: ``prompts`` random prompts of 8 to 96 tokens, ``tokens`` new ones each, ``in_flight`` at once.
+
+    Two of three prompts begin with the same ``shared_prefix`` tokens, beside their own.
+    """
 
     prompts: int
     tokens: int
     in_flight: int
     seed: int
+    shared_prefix: int = 0
 
     def __post_init__(self) -> None:
+        if self.shared_prefix < 0:
+            raise InvalidArgument("--shared-prefix", self.shared_prefix, "must be 0 or more")
         for name in ("prompts", "tokens", "in_flight"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"--{name.replace('_', '-')}", getattr(self, name), "must be at least 1")
@@ -52,21 +64,24 @@ class Answer:
     prompt: list[int]
     tokens: list[int]
     logits_NV: torch.Tensor
+    said_exact: bool = True
 
 
 def ask(address: str, load: Load, progress: Callable[[str], None]) -> tuple[list[Answer], control_pb2.StatusReply]:
     """The served answers, and the system's status after them."""
     with Client(address) as client:
         info = client.model_info()
-        longest = min(MAX_PROMPT, info.context_length - load.tokens)
+        longest = min(MAX_PROMPT, info.context_length - load.tokens - load.shared_prefix)
         if longest < MIN_PROMPT:
             raise InvalidArgument(
                 "--tokens", load.tokens, f"must leave {MIN_PROMPT} tokens of the context of {info.context_length}"
             )
         rng = random.Random(load.seed)
+        prefix = [rng.randrange(info.vocab_size) for _ in range(load.shared_prefix)]
         prompts = [
-            [rng.randrange(info.vocab_size) for _ in range(rng.randint(MIN_PROMPT, longest))]
-            for _ in range(load.prompts)
+            (prefix if number % 3 else [])
+            + [rng.randrange(info.vocab_size) for _ in range(rng.randint(MIN_PROMPT, longest))]
+            for number in range(load.prompts)
         ]
         started_s = time.monotonic()
         with ThreadPoolExecutor(load.in_flight) as pool:
@@ -81,11 +96,13 @@ def _ask_one(client: Client, prompt: list[int], num_tokens: int) -> Answer:
     )
     tokens: list[int] = []
     rows: list[Any] = []
+    exact = False
     for chunk in client.generate(request):
+        exact = chunk.exact
         for token in chunk.tokens:
             tokens.append(token.id)
             rows.append(np.frombuffer(token.logits_f32, dtype="<f4"))
-    return Answer(prompt, tokens, torch.from_numpy(np.stack(rows)))
+    return Answer(prompt, tokens, torch.from_numpy(np.stack(rows)), exact)
 
 
 def compare(reference: Reference, answers: list[Answer], expected_tokens: int) -> dict[str, Any]:
@@ -114,6 +131,7 @@ def compare(reference: Reference, answers: list[Answer], expected_tokens: int) -
         "max_abs_logit_diff": worst,
         "logit_std": deviation,
         "near_ties": near_ties,
+        "exact": all(answer.said_exact for answer in answers),
     }
 
 
@@ -122,6 +140,8 @@ def problems(report: dict[str, Any], load: Load) -> list[str]:
     found = []
     if report["tokens_compared"] != load.prompts * load.tokens:
         found.append(f"{report['tokens_compared']} tokens were served, {load.prompts * load.tokens} were asked for")
+    if not report["exact"]:
+        found.append("answers say that they are not exact")
     if report["mismatched_tokens"]:
         found.append(f"{report['mismatched_tokens']} tokens differ")
     limit = LOGIT_LIMIT * report["logit_std"]
@@ -132,6 +152,57 @@ def problems(report: dict[str, Any], load: Load) -> list[str]:
     if min(load.in_flight, load.prompts) > 1 and report["max_batch"] < 2:
         found.append("no two requests ever shared a step")
     return found
+
+
+def quality_problems(report: dict[str, Any]) -> list[str]:
+    """Why a report about experts of another dtype is no pass."""
+    found = []
+    if report["exact"]:
+        found.append("answers say that they are exact, and their experts have another dtype")
+    if report.get("perplexity_rise", 0.0) >= PERPLEXITY_LIMIT:
+        found.append(f"perplexity rises by {report['perplexity_rise']:.2%}, {PERPLEXITY_LIMIT:.0%} or more")
+    return found
+
+
+def accuracy(
+    address: str, reference: Reference, text: Sequence[int], progress: Callable[[str], None]
+) -> dict[str, float]:
+    """Perplexity of ``text`` as served and by the reference, and the largest difference of logits on it.
+
+    The server is asked for the token after every prefix of each window from `FIRST_POSITION` on; with prefix caching
+    that costs little more than reading the window once.
+    """
+    windows = [list(text[at : at + WINDOW]) for at in range(0, len(text) - WINDOW + 1, WINDOW)]
+    served = wanted = worst = 0.0
+    count = 0
+    with Client(address) as client, ThreadPoolExecutor(IN_FLIGHT) as pool:
+        for number, window in enumerate(windows, 1):
+            progress(f"held-out text: window {number} of {len(windows)}")
+            lengths = range(FIRST_POSITION, WINDOW)
+            answers = list(pool.map(lambda length, ids=window: _ask_one(client, ids[:length], 1), lengths))
+            got_NV = torch.cat([answer.logits_NV for answer in answers])
+            right_NV = reference.logits(window[:FIRST_POSITION], window[FIRST_POSITION:])
+            target_N1 = torch.tensor(window[FIRST_POSITION:])[:, None]
+            served -= float(torch.log_softmax(got_NV.double(), -1).gather(1, target_N1).sum())
+            wanted -= float(torch.log_softmax(right_NV.double(), -1).gather(1, target_N1).sum())
+            worst = max(worst, float((got_NV - right_NV).abs().max()))
+            count += len(lengths)
+    perplexity, exact = math.exp(served / count), math.exp(wanted / count)
+    return {
+        "perplexity": perplexity,
+        "perplexity_exact": exact,
+        "perplexity_rise": perplexity / exact - 1.0,
+        "perplexity_tokens": count,
+        "max_abs_logit_diff": worst,
+    }
+
+
+def held_out_text(tokenizer: Tokenizer, num_windows: int) -> list[int]:
+    """The start of both texts that the embedded model was not trained on, by equal parts."""
+    ids: list[int] = []
+    for file in sorted((EMBEDDED_MODEL.parent / "heldout").glob("*.txt")):
+        ids += tokenizer.encode(file.read_text(encoding="utf-8")[:20_000])[: num_windows // 2 * WINDOW]
+    return ids
 
 
 def link_problems(wanted: Sequence[str], status: control_pb2.StatusReply) -> list[str]:

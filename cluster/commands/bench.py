@@ -33,7 +33,7 @@ def dispatch(
     """
     from cluster.bench import dispatch as benchmark
 
-    shapes = benchmark.Shapes(_numbers("--tokens", tokens), _numbers("--hidden", hidden), samples, seconds)
+    shapes = benchmark.Shapes(numbers("--tokens", tokens), numbers("--hidden", hidden), samples, seconds)
     kinds = benchmark.transports_here(transport or [])
     with stopping() as stop, reporting() as progress:
         result = benchmark.measure(kinds, shapes, progress)
@@ -57,7 +57,7 @@ def _beside_ray(kinds: list[str], samples: int, seconds: float, progress: Any, a
         return measure_handles(kinds, samples, seconds)
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def numbers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as exc:

@@ -24,6 +24,9 @@ def serve(
     front_door: Annotated[str | None, typer.Option(help="router: its own gRPC server; serve: Ray Serve's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    expert_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp32, bf16 or int8; other weights than the served dtype's are not exact.")
+    ] = None,
     transport: Annotated[
         str | None, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
     ] = None,
@@ -38,6 +41,7 @@ def serve(
         "front_door": front_door,
         "dtype": dtype,
         "device": device,
+        "expert_dtype": expert_dtype,
         "verify": verify,
         "data_plane": {"transport": transport},
     }

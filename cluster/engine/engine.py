@@ -1,21 +1,25 @@
 """The engine: one thread that takes requests, runs steps, and tells each request's listener of its tokens.
 
-Nothing here knows gRPC or Ray. ``forward`` is the trunk (or, in tests, anything with its signature).
+Nothing here knows gRPC or Ray. ``forward`` is the trunk (or, in tests, anything with its signature); the keys and
+values that it stores lie in blocks that `BlockPool` keeps the accounts of. Events of a step are handed out together,
+after its state is settled and outside the lock: listeners never see half a step, and keep nobody waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from cluster.config import EngineConfig
 from cluster.core import Clock, FinishReason, Priority, Request
+from cluster.engine.blocks import BlockPool, num_blocks_of
 from cluster.engine.sampler import Sampled, sample
 from cluster.engine.scheduler import Scheduled, Scheduler, Share
 from cluster.engine.text import TextStream, Tokenizer
@@ -27,7 +31,7 @@ from cluster.errors import (
     InvalidArgument,
     Unavailable,
 )
-from cluster.model.packed import Chunk, SequenceKv
+from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
 from cluster.telemetry.ledger import Ledger, Stage
 
@@ -68,17 +72,20 @@ class _Live:
     listener: Listener
     sequence: Scheduled
     text: TextStream
-    arrived_s: float
-    kv: SequenceKv
-    generated: list[int] = field(default_factory=list)
+    idle_s: float
+    """Since when it is in no step: its arrival or the end of its last step."""
     ledger: Ledger = field(default_factory=Ledger)
-    started: bool = False
+    last_step: int = -1
     cancelled_at_step: int | None = None
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since the start; see EngineStatus in control.proto."""
+    """Counters since the start, and what is there now; see EngineStatus in control.proto.
+
+    ``kv_used_bytes`` are blocks that some request holds, ``kv_cached_bytes`` those that only a common prefix may bring
+    back. ``prefix_hit_tokens`` of ``prompt_tokens`` were found there when their requests got a place.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -89,10 +96,23 @@ class EngineStats:
     failed: int = 0
     max_steps_after_cancel: int = 0
     kv_used_bytes: int = 0
+    kv_cached_bytes: int = 0
+    kv_blocks: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_free: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prompt_tokens: int = 0
 
 
 class Engine:
-    """Step loop over ``forward``. Every request that `submit` accepts ends with exactly one last event."""
+    """Step loop over ``forward``. Every request that `submit` accepts ends with exactly one last event.
+
+    ``kv_bytes_per_token`` is what one token takes in all layers together.
+
+    Raises:
+        ConfigError: engine.kv_cache_bytes is less than one block.
+    """
 
     def __init__(
         self,
@@ -104,14 +124,16 @@ class Engine:
         clock: Clock = time.monotonic,
     ) -> None:
         self._forward, self._tokenizer, self._clock, self._threads = forward, tokenizer, clock, threads
-        self._max_kv_tokens = max(1, config.kv_cache_bytes // max(1, kv_bytes_per_token))
-        self._scheduler = Scheduler(
-            config.max_running, config.max_waiting, config.step_token_budget, self._max_kv_tokens
-        )
+        self._block_bytes = max(1, kv_bytes_per_token) * config.block_size
+        self._pool = BlockPool(num_blocks_of(config, kv_bytes_per_token), config.block_size, config.prefix_caching)
+        self._max_kv_tokens = self._pool.num_blocks * config.block_size
+        self._scheduler = Scheduler(config, self._pool, clock)
         self._lock = threading.Condition()
         self._live: dict[str, _Live] = {}
         self._by_sequence: dict[Scheduled, _Live] = {}
         self._cancelled: set[str] = set()
+        self._deadlines: list[tuple[float, str]] = []  # a heap; may name requests that have ended
+        self._outbox: list[tuple[Listener, TokenEvent]] = []  # the engine thread's own
         self._closed = False
         self._stats = EngineStats()
         self._progress_s = clock()
@@ -137,13 +159,14 @@ class Engine:
                 f"{self._max_kv_tokens} (engine.kv_cache_bytes)",
             )
         text = TextStream(self._tokenizer, request.stop.stop_strings)
-        live = _Live(request, listener, sequence, text, self._clock(), SequenceKv(sequence.max_tokens))
+        live = _Live(request, listener, sequence, text, self._clock())
         with self._lock:
             if self._closed:
                 raise Unavailable("the router is shutting down; retry elsewhere")
             self._scheduler.add(sequence)
             self._live[request.request_id] = live
             self._by_sequence[sequence] = live
+            heapq.heappush(self._deadlines, (request.deadline.at_s, request.request_id))
             self._lock.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -156,11 +179,22 @@ class Engine:
                 self._lock.notify()
 
     def stats(self) -> EngineStats:
-        """A copy of the counters."""
+        """A copy of the counters. The lock is held for a few reads only."""
         with self._lock:
-            self._stats.running, self._stats.waiting = self._scheduler.num_running, self._scheduler.num_waiting
-            self._stats.kv_used_bytes = sum(live.kv.num_bytes for live in self._live.values())
-            return EngineStats(**{name: getattr(self._stats, name) for name in EngineStats.__slots__})
+            pool = self._pool
+            return replace(
+                self._stats,
+                running=self._scheduler.num_running,
+                waiting=self._scheduler.num_waiting,
+                kv_used_bytes=pool.num_used * self._block_bytes,
+                kv_cached_bytes=pool.num_cached * self._block_bytes,
+                kv_blocks=pool.num_blocks,
+                kv_blocks_used=pool.num_used,
+                kv_blocks_free=pool.num_free,
+                preemptions=self._scheduler.preemptions,
+                prefix_hit_tokens=pool.hit_tokens,
+                prompt_tokens=pool.asked_tokens,
+            )
 
     def num_live(self) -> int:
         """Requests that have not ended."""
@@ -184,24 +218,31 @@ class Engine:
     def _run(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
-        while True:
+        while not self._closed_and_told():
             with self._lock:
-                self._drop_cancelled_and_expired()
-                if self._closed:
-                    for live in list(self._live.values()):
-                        self._end(live, error=Unavailable("the router is shutting down; retry elsewhere"))
-                    return
-                started_s = self._clock()
-                shares = self._scheduler.next_step()
-                self._progress_s = started_s
-                if not shares:
+                started_s = self._progress_s = self._clock()
+                again = self._closed or bool(self._cancelled)  # came while events were handed out
+                shares = [] if again else self._scheduler.next_step()
+                if shares:
+                    self._stats.steps += 1
+                    self._stats.max_batch = max(self._stats.max_batch, len(shares))
+                    step = StepContext(self._stats.steps)
+                    lives = [self._by_sequence[share.sequence] for share in shares]
+                elif not again:
                     self._lock.wait(0.5)
-                    continue
-                self._stats.steps += 1
-                self._stats.max_batch = max(self._stats.max_batch, len(shares))
-                step = StepContext(self._stats.steps)
-                lives = [self._by_sequence[share.sequence] for share in shares]
-            self._step(step, shares, lives, started_s)
+            if shares:
+                self._step(step, shares, lives, started_s)
+
+    def _closed_and_told(self) -> bool:
+        """Ends what was cancelled or has expired, all of it once the engine is closed, and hands out the events."""
+        with self._lock:
+            self._drop_cancelled_and_expired()
+            closed = self._closed
+            if closed:
+                for live in list(self._live.values()):
+                    self._end(live, error=Unavailable("the router is shutting down; retry elsewhere"))
+        self._hand_out()
+        return closed
 
     def _drop_cancelled_and_expired(self) -> None:
         for request_id in self._cancelled:
@@ -211,16 +252,24 @@ class Engine:
                 self._stats.max_steps_after_cancel = max(self._stats.max_steps_after_cancel, late)
                 self._end(live, error=Cancelled("the client left"))
         self._cancelled.clear()
-        for live in [live for live in self._live.values() if live.request.deadline.expired()]:
-            self._end(live, error=DeadlineExceeded("the deadline of the request has passed"))
+        while self._deadlines:
+            live = self._live.get(self._deadlines[0][1])
+            if live is not None:
+                if not live.request.deadline.expired():
+                    break
+                self._end(live, error=DeadlineExceeded("the deadline of the request has passed"))
+            heapq.heappop(self._deadlines)
+        if len(self._deadlines) > 2 * len(self._live) + 1000:  # most have ended long before their deadlines
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
+            heapq.heapify(self._deadlines)
 
     def _step(self, step: StepContext, shares: list[Share], lives: list[_Live], started_s: float) -> None:
         for live in lives:
-            if not live.started:
-                live.started = True
-                live.ledger.add(Stage.QUEUE, started_s - live.arrived_s)
-        step.priority = Priority.DECODE if all(share.sequence.decoding for share in shares) else Priority.PREFILL
-        chunks = [Chunk(share.ids, live.kv) for share, live in zip(shares, lives, strict=True)]
+            if live.last_step != step.step_id - 1:  # waited: for a place, for its turn, or to start over
+                live.ledger.add(Stage.QUEUE, started_s - live.idle_s)
+            live.last_step = step.step_id
+        step.priority = Priority.DECODE if all(share.decoding for share in shares) else Priority.PREFILL
+        chunks = [Chunk(share.ids, share.start, share.blocks) for share in shares]
         step.ledger.add(Stage.SCHEDULE, self._clock() - started_s)
         try:
             logits_NV = self._forward(chunks, step)
@@ -230,7 +279,8 @@ class Engine:
                 self._advance(live, token, logits_NV[row]) if token is not None else None
                 for row, (live, token) in enumerate(zip(lives, chosen, strict=True))
             ]
-            step.ledger.add(Stage.EMIT, self._clock() - emit_s)
+            ended_s = self._clock()
+            step.ledger.add(Stage.EMIT, ended_s - emit_s)
         except Exception as exc:
             if isinstance(exc, ExpertMeshError):
                 log.error("step %d failed: %s", step.step_id, exc)
@@ -243,15 +293,17 @@ class Engine:
                     self._end(live, error=error)
             return
         with self._lock:
+            self._scheduler.ran(shares)
             for live, token, event in zip(lives, chosen, events, strict=True):
                 live.ledger.absorb(step.ledger)
-                if token is None or event is None or live.request.request_id not in self._live:
+                live.idle_s = ended_s
+                if token is None or event is None:
                     continue
                 if event.finish is not None:
                     self._end(live, event=event)
                 else:
                     self._scheduler.sampled(live.sequence, token.token)
-                    self._tell(live, event)
+                    self._outbox.append((live.listener, event))
 
     def _sample(
         self, step: StepContext, shares: list[Share], lives: list[_Live], logits_NV: torch.Tensor
@@ -262,15 +314,12 @@ class Engine:
             if not share.samples:
                 chosen.append(None)
                 continue
-            params = live.request.sampling
-            history = [*live.request.prompt_ids, *live.generated]
-            chosen.append(sample(logits_V, params, history))
+            chosen.append(sample(logits_V, live.request.sampling, share.sequence.tokens))
         step.ledger.add(Stage.SAMPLE, self._clock() - started_s)
         return chosen
 
     def _advance(self, live: _Live, sampled: Sampled, logits_V: torch.Tensor) -> TokenEvent:
         """The event of one more token; whether the sequence ends with it."""
-        live.generated.append(sampled.token)
         stop = live.request.stop
         finish: FinishReason | None = None
         text = ""
@@ -280,7 +329,7 @@ class Engine:
             text, stopped = live.text.push(sampled.token)
             if stopped:
                 finish = FinishReason.STOP_STRING
-            elif len(live.generated) >= stop.max_new_tokens:
+            elif live.sequence.num_generated + 1 >= stop.max_new_tokens:
                 finish, text = FinishReason.LENGTH, text + live.text.finish()
         logits = logits_V.numpy().tobytes() if live.request.want_logits else b""
         return TokenEvent(text, sampled, logits, finish)
@@ -298,10 +347,11 @@ class Engine:
             else:
                 self._stats.failed += 1
             last = TokenEvent(error=error, ledger=live.ledger)
-        self._tell(live, last)
+        self._outbox.append((live.listener, last))
 
-    @staticmethod
-    def _tell(live: _Live, event: TokenEvent) -> None:
-        # The listener's event loop may be gone when the process shuts down; nobody is left to be told then.
-        with contextlib.suppress(RuntimeError):
-            live.listener(event)
+    def _hand_out(self) -> None:
+        for listener, event in self._outbox:
+            # The listener's event loop may be gone when the process shuts down; nobody is left to be told then.
+            with contextlib.suppress(RuntimeError):
+                listener(event)
+        self._outbox.clear()

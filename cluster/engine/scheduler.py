@@ -1,58 +1,119 @@
 """The scheduler: which tokens of which sequences make the next step. Pure Python; no torch, no clock of its own.
 
-Decode tokens of running sequences come first, then prefill chunks in order of arrival within the step's token budget.
-A sequence joins when there is a place in the batch and room for its key-value cache, and leaves between steps.
+*Decode first.* Every running sequence that decodes is in every step. What is left of the budget goes to prefill chunks,
+and while anything decodes that is ``prefill_chunk`` tokens at most, so that gaps between tokens stay bounded.
+
+*Fair.* Prefills, running or waiting for a place, are served by what is left of them over how long they have waited:
+highest response ratio next (P. Brinch Hansen, "An analysis of response ratio scheduling", IFIP 1971), with an urgency
+for near deadlines. Short prompts overtake long ones, and nobody is overtaken for ever. A quarter of the prefill budget
+belongs to the prefill that has waited longest; where places are few, so does the next one after three others were
+admitted before it.
+
+*Lazy.* A sequence gets key-value blocks as it grows. When they run out, the running sequence that came last gives its
+blocks back, waits, and is computed again (preemption by recomputation). The sequence that came first never does, so
+something always goes on; and alone it fits, which the engine checks before it accepts a request.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from cluster.core import Request
+from cluster.config import EngineConfig
+from cluster.core import Clock, Request
+from cluster.engine.blocks import BlockPool, BlockTable
 from cluster.errors import Overloaded
+
+FAIR_PART = 4
+"""One part in so many of the prefill budget, and one admission in so many, go to who has waited longest."""
+_SETTLE_S = 1.0
+"""Waiting counts from here: twice as long a prompt may be overtaken for one more second of it, and so on."""
+_URGENT_S = 10.0
+"""A deadline nearer than this makes a sequence more urgent, down to first of all."""
+_HEADROOM_TOKENS = 64
+"""Nobody is admitted into room that running sequences will need before they have grown by so much: more would cost
+places, less would cost preemptions."""
+_GROWTH_TOKENS = 1024
+"""Room to grow in that a new run of blocks looks for: few answers are longer, and more would cost cached prefixes."""
 
 
 @dataclass(slots=True, eq=False)
 class Scheduled:
-    """A sequence as the scheduler sees it. ``pending`` are tokens that have not been through the model yet: what is
-    left of the prompt, or the one token sampled last."""
+    """A sequence as the scheduler sees it. ``tokens`` are prompt and answer so far; keys and values of the first
+    ``computed`` of them are in the cache, or will be when the step that runs is over."""
 
     request: Request
-    pending: list[int] = field(default_factory=list)
-    decoding: bool = False
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    table: BlockTable = field(default_factory=BlockTable)
+    running: bool = False
+    preemptions: int = 0
+    number: int = 0
+    due_s: float = float("inf")
+    came_s: float = 0.0
+    """Time of arrival; for a near deadline an earlier one."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
 
     @property
     def max_tokens(self) -> int:
         """Tokens that the sequence may grow to."""
         return len(self.request.prompt_ids) + self.request.stop.max_new_tokens
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt_ids)
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One sequence's part of a step. ``samples`` is False for a prefill chunk that is not the prompt's last."""
+    @property
+    def decoding(self) -> bool:
+        """One token, sampled before, is all that has to be computed. False again after a preemption."""
+        length = len(self.tokens)
+        return length - self.computed == 1 and length > len(self.request.prompt_ids)
+
+
+class Share(NamedTuple):
+    """One sequence's part of a step: ``ids`` from position ``start`` on, and the sequence's ``blocks``, which have room
+    for all up to the last of them. ``samples`` is False for a chunk that is not the last of what is to be computed."""
 
     sequence: Scheduled
     ids: tuple[int, ...]
+    start: int
+    blocks: tuple[int, ...]
     samples: bool
+    decoding: bool
+
+
+def _rank(sequence: Scheduled) -> tuple[float, int]:
+    """Who goes first when there is not room for all; fixed for life."""
+    return sequence.came_s, sequence.number
 
 
 class Scheduler:
-    """Waiting and running sequences.
+    """Waiting and running sequences of one engine. Not thread-safe: the engine's lock is around it.
 
-    ``max_kv_tokens`` bounds the tokens that running sequences may grow to together; no sequence may need more alone.
+    ``pool`` must be able to hold any one sequence at its full length.
     """
 
-    def __init__(self, max_running: int, max_waiting: int, step_token_budget: int, max_kv_tokens: int) -> None:
-        self._max_running = min(max_running, step_token_budget)
-        self._max_waiting, self._budget, self._max_kv_tokens = max_waiting, step_token_budget, max_kv_tokens
-        self._waiting: deque[Scheduled] = deque()
-        self._running: list[Scheduled] = []
-        self._kv_tokens = 0
+    def __init__(self, config: EngineConfig, pool: BlockPool, clock: Clock) -> None:
+        self._config, self._pool, self._clock = config, pool, clock
+        # One token each must fit into a step, or running sequences would stall.
+        self._max_running = min(config.max_running, config.step_token_budget)
+        self._waiting: list[Scheduled] = []
+        self._running: list[Scheduled] = []  # by rank
+        self._number = 0
+        self._overtakes = 0  # admissions past the one that has waited longest, since it does
+        self._owed = 0  # what rounding kept from the fair part, in tokens times FAIR_PART
+        self._taken: dict[Scheduled, int] = {}  # tokens in the step that is being made
+        self.preemptions = 0
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a place in the batch."""
+        """Requests without a place in the batch, preempted ones included."""
         return len(self._waiting)
 
     @property
@@ -66,43 +127,175 @@ class Scheduler:
         Raises:
             Overloaded: ``max_waiting`` requests wait already.
         """
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) >= self._config.max_waiting:
             raise Overloaded(
                 f"the queue is full: {len(self._waiting)} requests wait (engine.max_waiting); retry later or elsewhere"
             )
-        sequence.pending = list(sequence.request.prompt_ids)
+        now_s = self._clock()
+        self._number += 1
+        sequence.number = self._number
+        sequence.due_s = now_s + sequence.request.deadline.remaining_s()
+        sequence.came_s = min(now_s, sequence.due_s - _URGENT_S)
         self._waiting.append(sequence)
 
     def remove(self, sequence: Scheduled) -> None:
-        """Forgets a sequence, wherever it is."""
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self._kv_tokens -= sequence.max_tokens
+        """Forgets a sequence, wherever it is, and releases its blocks. Does nothing when it is not here."""
+        if sequence.running:
+            self._leave(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
     def sampled(self, sequence: Scheduled, token: int) -> None:
-        """The token that the next step of the sequence starts from."""
-        sequence.pending, sequence.decoding = [token], True
+        """One more token of the answer: the next step of the sequence starts from it."""
+        sequence.tokens.append(token)
+
+    def ran(self, shares: Sequence[Share]) -> None:
+        """The step has run: its full blocks can be found by other sequences from now on. Without this call, as after a
+        step that failed, nothing of it is."""
+        size = self._pool.block_size
+        for sequence, ids, start, _, _, _ in shares:
+            end = start + len(ids)
+            if end // size > sequence.table.registered and sequence.running:
+                self._pool.register(sequence.table, sequence.tokens, end)
 
     def next_step(self) -> list[Share]:
-        """The next step's shares, and moves what they take out of ``pending``; empty when there is nothing to do."""
-        while self._waiting and len(self._running) < self._max_running:
-            need = self._waiting[0].max_tokens
-            if self._running and self._kv_tokens + need > self._max_kv_tokens:
-                break
-            self._running.append(self._waiting.popleft())
-            self._kv_tokens += need
-        budget = self._budget
-        shares: list[Share] = []
-        for sequence in self._running:
-            if sequence.decoding and sequence.pending and budget > 0:
-                shares.append(Share(sequence, tuple(sequence.pending), True))
-                sequence.pending = []
-                budget -= 1
-        for sequence in self._running:
-            if not sequence.decoding and sequence.pending and budget > 0:
-                taken, sequence.pending = sequence.pending[:budget], sequence.pending[budget:]
-                shares.append(Share(sequence, tuple(taken), not sequence.pending))
-                budget -= len(taken)
+        """The next step's shares, decode tokens first; empty when there is nothing to do. What they hold counts as
+        computed in the next call. May preempt."""
+        self._taken = {}
+        self._take_decodes()
+        num_decoding = len(self._taken)
+        budget = self._prefill_budget(num_decoding)
+        if budget > 0 and (self._waiting or num_decoding < len(self._running)):
+            self._take_prefills(budget)
+        shares = []
+        for number, (sequence, count) in enumerate(self._taken.items()):
+            tokens, start = sequence.tokens, sequence.computed
+            sequence.computed = end = start + count
+            ids, blocks = tuple(tokens[start:end]), sequence.table.view()
+            shares.append(Share(sequence, ids, start, blocks, end == len(tokens), number < num_decoding))
         return shares
+
+    # -- what shares a step ----------------------------------------------------------------------------------------
+
+    def _prefill_budget(self, num_decoding: int) -> int:
+        """Prefill tokens that the step may hold beside its decode tokens."""
+        left = self._config.step_token_budget - num_decoding
+        return min(self._config.prefill_chunk, left) if num_decoding else left
+
+    def _take_decodes(self) -> None:
+        size = self._pool.block_size
+        for sequence in [sequence for sequence in self._running if sequence.decoding]:
+            if sequence.computed < len(sequence.table.blocks) * size:
+                # A lower-ranked one that was preempted a moment ago has no blocks, and does not come here.
+                self._taken[sequence] = 1
+            elif sequence.running:
+                self._take(sequence, 1, preempts=True)
+
+    def _take_prefills(self, budget: int) -> None:
+        now_s = self._clock()
+        fair, self._owed = divmod(self._owed + budget, FAIR_PART)
+        prefills = [s for s in self._running if s not in self._taken and s.computed < len(s.tokens)]
+        oldest = prefills[0] if prefills else None
+        full = False  # nobody else is admitted in this step
+        places, its_turn = self._max_running - len(self._running), self._overtakes >= FAIR_PART - 1
+        if places > 0 and self._waiting and (its_turn or len(self._waiting) <= places):
+            first = min(self._waiting, key=_rank)
+            if oldest is None or _rank(first) < _rank(oldest):
+                if self._admit(first, fair):
+                    oldest = first
+                    prefills.append(first)
+                else:
+                    full = its_turn  # what becomes free is for this one
+        if oldest is not None:
+            budget -= self._take(oldest, fair, preempts=True)
+        order = [(True, self._score(sequence, now_s), sequence.number, sequence) for sequence in prefills]
+        order += self._next_admissions(now_s)
+        order.sort(key=lambda entry: entry[:3])
+        for _, _, _, sequence in order:
+            if budget <= 0:
+                break
+            if not sequence.running:
+                if full or len(self._running) >= self._max_running:
+                    continue
+                full = not self._admit(sequence, budget)
+                if full:
+                    continue
+            budget -= self._take(sequence, budget, preempts=False)
+        if oldest is not None and not self._taken:  # a budget of less than FAIR_PART tokens, and no blocks
+            self._take(oldest, budget, preempts=True)
+
+    def _next_admissions(self, now_s: float) -> list[tuple[bool, float, int, Scheduled]]:
+        """Those that wait and there are places for, with their sort keys. Preempted ones go first: somebody has read
+        the beginning of their answers."""
+        places = self._max_running - len(self._running)
+        if places <= 0 or not self._waiting:
+            return []
+        keys = [(s.preemptions == 0, self._score(s, now_s), s.number, s) for s in self._waiting]
+        return heapq.nsmallest(places, keys, key=lambda entry: entry[:3]) if places < len(keys) else keys
+
+    @staticmethod
+    def _score(sequence: Scheduled, now_s: float) -> float:
+        """Lowest first: tokens to compute, over seconds waited, less the nearer the deadline is."""
+        left = len(sequence.tokens) - sequence.computed
+        urgency = min(1.0, max(0.0, sequence.due_s - now_s) / _URGENT_S)
+        return left * urgency / (_SETTLE_S + now_s - sequence.came_s)
+
+    def _take(self, sequence: Scheduled, wanted: int, preempts: bool) -> int:
+        """Puts up to ``wanted`` more tokens of a running sequence into the step, as far as there are blocks; how many.
+        With ``preempts`` those that came after it, and are not in the step yet, make room for the first one."""
+        start = sequence.computed + self._taken.get(sequence, 0)
+        wanted = min(wanted, len(sequence.tokens) - start)
+        while wanted > 0:
+            count = min(wanted, self._pool.reach(sequence.table) - start)
+            if count > 0:
+                covered = self._pool.extend(sequence.table, start + count)
+                assert covered, "within reach"
+                self._taken[sequence] = self._taken.get(sequence, 0) + count
+                return count
+            if not preempts or not self._preempt_for(sequence):
+                return 0
+        return 0
+
+    # -- places and blocks -----------------------------------------------------------------------------------------
+
+    def _admit(self, sequence: Scheduled, wanted: int) -> bool:
+        """Gives a waiting sequence a place and its cached prefix, if there are blocks for its next ``wanted`` tokens
+        beside the headroom. A preempted one needs room for all its tokens: it would soon be back."""
+        pool, table = self._pool, sequence.table
+        wanted = len(sequence.tokens) if sequence.preemptions else max(1, wanted)
+        if not pool.fits(table, sequence.tokens, wanted, spare=self._headroom()):
+            return False
+        longest = min(self._waiting, key=_rank) is sequence
+        self._overtakes = 0 if longest else self._overtakes + 1
+        expected = min(sequence.max_tokens, len(sequence.tokens) + _GROWTH_TOKENS)
+        table.expected = -(-expected // pool.block_size)
+        sequence.computed = pool.match(table, sequence.tokens, count=not sequence.preemptions)
+        self._waiting.remove(sequence)
+        bisect.insort(self._running, sequence, key=_rank)
+        sequence.running = True
+        return True
+
+    def _headroom(self) -> int:
+        """Blocks that running sequences are about to need; none when nobody runs, so that somebody always can."""
+        size, blocks = self._pool.block_size, 0
+        for sequence in self._running:
+            ahead = min(sequence.max_tokens, len(sequence.tokens) + _HEADROOM_TOKENS)
+            blocks += max(0, -(-ahead // size) - len(sequence.table.blocks))
+        return blocks
+
+    def _preempt_for(self, sequence: Scheduled) -> bool:
+        """Takes the blocks of the running sequence that came last, maybe of ``sequence`` itself; False when it cannot
+        be helped in this step."""
+        victim = next(s for s in reversed(self._running) if s not in self._taken)
+        if victim is sequence and not sequence.decoding:
+            return False  # a prefill keeps what it has until somebody with a better claim wants it
+        self._leave(victim)
+        victim.preemptions += 1
+        self.preemptions += 1
+        self._waiting.append(victim)
+        return victim is not sequence
+
+    def _leave(self, sequence: Scheduled) -> None:
+        self._pool.release(sequence.table)
+        self._running.remove(sequence)
+        sequence.running, sequence.computed = False, 0

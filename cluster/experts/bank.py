@@ -1,7 +1,8 @@
-"""The expert weights that a group holds, and the feed-forward computation of its experts.
+"""The experts that a group holds, by MoE layer, and what a layer call computes with them.
 
 Only routed experts are here; gates and shared experts belong to the trunk. The activation and the gating of each
-architecture are transformers' own (``act_fn``, ``_apply_gate`` of its experts module).
+architecture are transformers' own (``act_fn``, ``_apply_gate`` of its experts module); how weights lie in memory is
+`cluster.experts.formats`.
 """
 
 from __future__ import annotations
@@ -10,40 +11,60 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cluster.core import GroupId
-from cluster.errors import InvalidArgument, MissingExperts
+from cluster.errors import ConfigError, InvalidArgument, MissingExperts
+from cluster.experts.crew import Crew
+from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, fits_half
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES
+from cluster.weights.kernels import KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import MoeLayer
 
 
 @dataclass(frozen=True, slots=True)
-class _LayerBank:
-    """Weights of one layer's experts: ``slot_of[e]`` is the row of logical expert ``e``, or -1."""
+class Compute:
+    """How a bank computes: its dtype on the wire, the dtype of its weights ("auto": the same), and with what.
 
-    module: Any
-    slot_of_E: torch.Tensor
-    up: torch.Tensor
-    up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    ``table`` (CPU only) is measured with one thread; with ``packed`` weights have a second copy in oneDNN's layout.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    expert_dtype: str = "auto"
+    threads: int = 1
+    table: KernelTable | None = None
+    packed: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Weights are the checkpoint's in the served dtype."""
+        return self.expert_dtype in ("auto", DTYPE_NAMES.get(self.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerBank:
+    """One layer's experts: ``slot_of_E[e]`` is the slot of logical expert ``e``, or -1."""
+
+    slot_of_E: Any
+    experts: LayerExperts
+    num_slots: int
 
 
 class ExpertBank:
-    """All experts of one group, resident in memory, by MoE layer.
+    """All experts of one group, resident in memory, by MoE layer. Used by one thread at a time.
 
     ``holdings[layer]`` are the sorted logical experts of that layer.
     """
 
-    def __init__(self, group: GroupId, layers: Sequence[_LayerBank], dtype: torch.dtype, device: torch.device) -> None:
-        self.group, self._layers, self.dtype, self.device = group, list(layers), dtype, device
-        self.holdings = tuple(
-            tuple(int(e) for e in torch.nonzero(layer.slot_of_E >= 0).flatten()) for layer in self._layers
-        )
+    def __init__(self, group: GroupId, layers: Sequence[_LayerBank], how: Compute) -> None:
+        self.group, self._layers, self.how = group, list(layers), how
+        self.dtype, self.device = how.dtype, how.device
+        self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
+        self.holdings = tuple(tuple(np.flatnonzero(layer.slot_of_E >= 0).tolist()) for layer in self._layers)
 
     @classmethod
     def load(
@@ -51,35 +72,35 @@ class ExpertBank:
         group: GroupId,
         weights: WeightMap,
         holdings: Sequence[Sequence[int]],
-        dtype: torch.dtype,
-        device: torch.device,
+        how: Compute,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExpertBank:
         """Reads the slices of the checkpoint that hold ``holdings`` (per MoE layer, sorted logical experts).
 
         ``progress(done, total)`` is called after each layer.
+
+        Raises:
+            ConfigError: the experts cannot have this dtype here.
         """
         banks = []
         moe_layers = weights.skeleton.moe_layers
         for layer, experts in zip(moe_layers, holdings, strict=True):
-            banks.append(_load_layer(weights, layer, list(experts), dtype, device))
+            banks.append(_load_layer(weights, layer, list(experts), how))
             if progress is not None:
                 progress(len(banks), len(moe_layers))
-        return cls(group, banks, dtype, device)
+        return cls(group, banks, how)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights."""
-        tensors = [t for b in self._layers for t in (b.up, b.up_bias, b.down, b.down_bias) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of all weights, second copies included."""
+        return sum(layer.experts.num_bytes for layer in self._layers)
 
     @torch.inference_mode()
     def compute(self, layer: int, rows: LayerRows) -> torch.Tensor:
         """Per row of ``rows.hidden_TH`` the sum over its pairs of gate weight times expert output, fp32 [T, H],
         on the bank's device.
 
-        Experts are run grouped: each one once, over all its rows. Pairs are summed in order of expert id, so the
-        result depends on the rows alone.
+        Experts are run grouped: each one once, over all its rows.
 
         Raises:
             MissingExperts: a pair names an expert that this group does not hold; nothing was computed.
@@ -88,15 +109,27 @@ class ExpertBank:
         if not 0 <= layer < len(self._layers):
             raise InvalidArgument("layer", layer, f"must be from 0 to {len(self._layers) - 1}")
         bank = self._layers[layer]
-        hidden_TH = rows.hidden_TH
+        hidden_TH, (rows_P, experts_P, weight_P) = rows
         if hidden_TH.dtype != self.dtype:
             raise InvalidArgument("dtype", DTYPE_NAMES.get(hidden_TH.dtype), f"must be {DTYPE_NAMES[self.dtype]}")
-        num_tokens = hidden_TH.shape[0]
-        experts_P, rows_P, weight_P = rows.pair_expert_P.long(), rows.pair_row_P.long(), rows.pair_weight_P
         partial_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=self.device)
-        if experts_P.numel() == 0:
+        if not experts_P.size:
             return partial_TH
-        num_experts = bank.slot_of_E.numel()
+        self._check(bank, layer, rows_P, experts_P, hidden_TH.shape[0])
+        slot_P = bank.slot_of_E[experts_P]
+        counts_S = np.bincount(slot_P, minlength=bank.num_slots)
+        slots = bank.experts.order(counts_S)
+        rank_S = np.zeros(bank.num_slots, np.int64)
+        rank_S[slots] = np.arange(slots.size)
+        order_P = np.argsort(rank_S[slot_P], kind="stable")
+        index_P = torch.from_numpy(rows_P[order_P]).to(self.device, torch.int64)
+        gate_P = torch.from_numpy(weight_P.view(np.float32)[order_P]).to(self.device)
+        sorted_PH = hidden_TH.to(self.device).index_select(0, index_P)
+        output_PH = self._run(bank.experts, sorted_PH, slots, counts_S[slots])
+        return partial_TH.index_add_(0, index_P, output_PH.float() * gate_P[:, None])
+
+    def _check(self, bank: _LayerBank, layer: int, rows_P: Any, experts_P: Any, num_tokens: int) -> None:
+        num_experts = len(bank.slot_of_E)
         if int(experts_P.min()) < 0 or int(experts_P.max()) >= num_experts:
             raise InvalidArgument("pair_expert", int(experts_P.max()), f"must be from 0 to {num_experts - 1}")
         if int(rows_P.min()) < 0 or int(rows_P.max()) >= num_tokens:
@@ -104,47 +137,54 @@ class ExpertBank:
         slot_P = bank.slot_of_E[experts_P]
         if int(slot_P.min()) < 0:
             raise MissingExperts(self.group, layer, sorted(set(experts_P[slot_P < 0].tolist())))
-        order_P = torch.argsort(slot_P, stable=True)
-        slots, counts = torch.unique_consecutive(slot_P[order_P], return_counts=True)
-        rows_P, weight_P = rows_P[order_P].to(self.device), weight_P[order_P].to(self.device)
-        hidden_TH = hidden_TH.to(self.device)
-        start = 0
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-            index = rows_P[start : start + count]
-            output = _expert_forward(bank, slot, hidden_TH[index])
-            partial_TH.index_add_(0, index, output.float() * weight_P[start : start + count, None])
-            start += count
-        return partial_TH
+
+    def _run(self, experts: LayerExperts, x_PH: torch.Tensor, slots_A: Any, counts_A: Any) -> torch.Tensor:
+        """Through the experts, by as many threads as there are, each with about the same work."""
+        slots, counts = slots_A.tolist(), counts_A.tolist()
+        workers = min(self._crew.size, len(slots))
+        if workers == 1:
+            return experts.run(x_PH, slots, counts)
+        wide = experts.run_wide(x_PH, slots, counts)
+        if wide is not None:
+            return wide
+        cost = experts.costs(counts_A)
+        middle = np.cumsum(cost) - cost / 2
+        wanted = np.searchsorted(middle, cost.sum() * np.arange(1, workers) / workers).tolist()
+        inner = [min(max(cut, i), len(slots) - workers + i) for i, cut in enumerate(wanted, 1)]  # one expert at least
+        cuts = [0, *inner, len(slots)]
+        rows_at = [0, *np.cumsum(counts).tolist()]
+        parts: list[torch.Tensor | None] = [None] * workers
+
+        def job(number: int) -> None:
+            first, last = cuts[number], cuts[number + 1]
+            piece = x_PH[rows_at[first] : rows_at[last]]
+            parts[number] = experts.run(piece, slots[first:last], counts[first:last])
+
+        self._crew.run([lambda number=number: job(number) for number in range(workers)])  # type: ignore[misc]
+        return torch.cat([part for part in parts if part is not None])
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._crew.close()
 
 
-def _load_layer(
-    weights: WeightMap, layer: MoeLayer, experts: list[int], dtype: torch.dtype, device: torch.device
-) -> _LayerBank:
-    slot_of_E = torch.full((layer.num_experts,), -1, dtype=torch.int64)
-    slot_of_E[torch.tensor(experts, dtype=torch.int64)] = torch.arange(len(experts))
+def _load_layer(weights: WeightMap, layer: MoeLayer, experts: list[int], how: Compute) -> _LayerBank:
+    slot_of_E = np.full(layer.num_experts, -1, np.int64)
+    slot_of_E[experts] = np.arange(len(experts))
+    kind = "auto" if how.exact else how.expert_dtype
+    read_dtype = how.dtype if kind in ("auto", "fp32") else torch.float32
     if experts:
-        tensors = {k: v.to(device) for k, v in weights.read_experts(layer, experts, dtype).items()}
+        tensors = {k: v.to(how.device) for k, v in weights.read_experts(layer, experts, read_dtype).items()}
     else:
-        tensors = {k: torch.empty((0, *p.shape[1:]), dtype=dtype) for k, p in layer.module.named_parameters()}
-    up = "gate_up_proj" if layer.module.has_gate else "up_proj"
-    return _LayerBank(
-        layer.module,
-        slot_of_E,
-        tensors[up],
-        tensors.get(f"{up}_bias"),
-        tensors["down_proj"],
-        tensors.get("down_proj_bias"),
-    )
-
-
-def _expert_forward(bank: _LayerBank, slot: int, x_TH: torch.Tensor) -> torch.Tensor:
-    """One expert's feed-forward network on its rows, [T, H] in the served dtype."""
-    module = bank.module
-    hidden = _linear(x_TH, bank.up[slot], None if bank.up_bias is None else bank.up_bias[slot], module.is_transposed)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-    bias = None if bank.down_bias is None else bank.down_bias[slot]
-    return _linear(hidden, bank.down[slot], bias, module.is_transposed)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
-    return F.linear(x, weight.t() if transposed else weight, bias)
+        tensors = {k: torch.empty((0, *p.shape[1:]), dtype=read_dtype) for k, p in layer.module.named_parameters()}
+    if kind == "auto":
+        dense: LayerExperts = DenseExperts(layer.module, tensors, how.table, how.packed)
+        return _LayerBank(slot_of_E, dense, max(1, len(experts)))
+    if how.device.type != "cpu" or how.dtype is not torch.float32 or kind == "fp32":
+        raise ConfigError(
+            f"expert_dtype: got {kind!r} with dtype {DTYPE_NAMES[how.dtype]} on {how.device.type}; other dtypes than "
+            "the served one are for CPUs that serve fp32"
+        )
+    if kind == "bf16" and not fits_half(tensors):
+        raise ConfigError("expert_dtype: got 'bf16'; some weights exceed 65504, which its CPU kernel cannot hold")
+    return _LayerBank(slot_of_E, QuantisedExperts(layer.module, tensors, kind), max(1, len(experts)))

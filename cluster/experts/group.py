@@ -10,8 +10,8 @@ import torch
 
 from cluster.config import Config
 from cluster.core import GroupId, GroupInfo
-from cluster.experts.bank import ExpertBank
-from cluster.experts.host import ExpertHost
+from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.host import ExpertHost, InlineHost
 from cluster.experts.identity import Identity
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
@@ -21,6 +21,7 @@ from cluster.transport.base import LayerRows
 from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
+from cluster.weights.kernels import SMALL_BYTES, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 
@@ -48,16 +49,24 @@ class ExpertGroup:
         self._device = pick_device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint.dtype, self._device.type == "cuda")
         skeleton = build_skeleton(checkpoint, dtype)
-        self.bank = ExpertBank.load(group, WeightMap(checkpoint, skeleton), holdings, dtype, self._device)
+        weights = WeightMap(checkpoint, skeleton)
+        sizes = [weights.expert_bytes(layer, dtype) for layer in skeleton.moe_layers]
+        num_bytes = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
+        how = how_to_compute(config, dtype, self._device, threads, num_bytes)
+        self.bank = ExpertBank.load(group, weights, holdings, how)
         self._fingerprint, self._dtype = checkpoint.fingerprint, DTYPE_NAMES[dtype]
-        self.host = ExpertHost(self.bank.compute, f"experts-{group}", threads)
+        self.host: ExpertHost | InlineHost
+        if listen:
+            self.host = ExpertHost(self.bank.compute, f"experts-{group}", threads)
+        else:
+            self.host = InlineHost(self.bank.compute)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
         self._warm_up(hidden_size, dtype)
         self._started_s = time.monotonic()
         identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
         self.shm_server: ShmServer | None = None
         self.server: DataPlaneServer | None = None
-        if listen:
+        if isinstance(self.host, ExpertHost):
             data_plane = config.data_plane
             self.shm_server = ShmServer(identity, self.host)
             offers = Offers(
@@ -99,6 +108,20 @@ class ExpertGroup:
             if server is not None:
                 server.close()
         self.host.close()
+        self.bank.close()
+
+
+def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, threads: int, num_bytes: int) -> Compute:
+    """What the configuration says, and on CPUs what the machine's kernels are worth with one thread."""
+    table = None
+    if device.type == "cpu" and dtype is torch.float32 and num_bytes > SMALL_BYTES:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            table = KernelTable.measure()
+        finally:
+            torch.set_num_threads(before)
+    return Compute(dtype, device, config.expert_dtype, threads, table, config.packed_experts == "on")
 
 
 def visible_devices() -> str:

@@ -166,13 +166,51 @@ class ExpertHost:
         if call.timeout_ms and waited_s * 1e3 > call.timeout_ms:
             pending.fail(DeadlineExceeded(f"the call waited {waited_s:.3f} s, longer than its {call.timeout_ms} ms"))
             return
-        try:
-            partial_TH = self._compute(call.layer, rows)
-        except ExpertMeshError as exc:
-            pending.fail(exc)
-        except Exception as exc:
-            log.exception("layer %d failed", call.layer)
-            pending.fail(InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}"))
-        else:
+        if answer(self._compute, call, rows, pending, waited_s, self._clock):
             self.calls += 1
-            pending.resolve(LayerReply(partial_TH, waited_s, self._clock() - started_s))
+
+
+def answer(
+    compute: Compute, call: LayerCall, rows: LayerRows, pending: PendingReply, waited_s: float, clock: Clock
+) -> bool:
+    """Computes a call and sets its reply, or its error; whether it was a reply."""
+    started_s = clock()
+    try:
+        partial_TH = compute(call.layer, rows)
+    except ExpertMeshError as exc:
+        pending.fail(exc)
+    except Exception as exc:
+        log.exception("layer %d failed", call.layer)
+        pending.fail(InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}"))
+    else:
+        pending.resolve(LayerReply(partial_TH, waited_s, clock() - started_s))
+        return True
+    return False
+
+
+class InlineHost:
+    """A group in its router's own process: calls are computed by the thread that sends them, which would only wait
+    for another one, on the cores that this other one needs."""
+
+    def __init__(self, compute: Compute, clock: Clock = time.monotonic) -> None:
+        self._compute, self._clock = compute, clock
+        self.calls = 0
+        self._since_s: float | None = None
+
+    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
+        """Computes the call; ``pending`` has its answer afterwards."""
+        self._since_s = self._clock()
+        if answer(self._compute, call, rows, pending, 0.0, self._clock):
+            self.calls += 1
+        self._since_s = None
+
+    def cancel(self, pending: PendingReply) -> None:
+        """Every call has been answered already."""
+
+    def progress_age_s(self) -> float:
+        """Seconds since the call in progress began; 0 when there is none."""
+        since_s = self._since_s
+        return 0.0 if since_s is None else self._clock() - since_s
+
+    def close(self) -> None:
+        """Nothing to end."""

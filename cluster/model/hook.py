@@ -16,13 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from cluster.errors import UnsupportedModel
-from cluster.model.packed import current_batch, packed_mask
+from cluster.model.attention import attention
+from cluster.model.packed import packed_mask
 
 NAME = "expertmesh"
-PIECE_LIMIT = 2 * 1024 * 1024
-"""Rows times keys of one call for one sequence: scores of 32 heads in fp32 stay under 256 MiB."""
-WHOLE_BATCH_LIMIT = 128 * 1024
-"""Rows times keys that one attention call may have: a decode step of 16 sequences of 500 tokens has as many."""
 
 ExpertsHook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden [T, H], expert index [T, K], gate weight [T, K]) -> [T, H]."""
@@ -31,7 +28,7 @@ ExpertsHook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def register() -> None:
     """Makes the name known to transformers. May be called more than once."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, packed_mask)
 
 
@@ -58,33 +55,3 @@ def _experts(
 ) -> torch.Tensor:
     hook: ExpertsHook = module.expertmesh_hook
     return hook(hidden_TH, index_TK, weight_TK)
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The model's own eager attention: it takes masks, sinks and whatever else the architecture has.
-
-    ``query`` is [1, heads, T, dim], ``key`` and ``value`` [1, heads, S, dim] of all sequences, the mask [1, 1, T, S];
-    the result is [1, T, heads, dim]. One call attends for the whole batch and throws away what crosses sequences;
-    where that would be too much, there is one call a sequence, and for long ones several.
-    """
-    eager: Any = sys.modules[type(module).__module__].eager_attention_forward
-    batch = current_batch()
-    if query.shape[2] * key.shape[2] <= WHOLE_BATCH_LIMIT:
-        return eager(module, query, key, value, attention_mask, *args, **kwargs)[0], None
-    pieces = []
-    for (start, end), (first, last) in zip(batch.spans, batch.key_spans, strict=True):
-        keys, values = key[:, :, first:last], value[:, :, first:last]
-        rows = max(1, PIECE_LIMIT // (last - first))
-        for at in range(start, end, rows):
-            piece = slice(at, min(at + rows, end))
-            mask = attention_mask[:, :, piece, first:last]
-            pieces.append(eager(module, query[:, :, piece], keys, values, mask, *args, **kwargs)[0])
-    return torch.cat(pieces, dim=1), None

@@ -1,8 +1,7 @@
 """A ragged batch packed as one row: its positions, its masks, and the cache that keeps sequences apart.
 
-All tokens of a step are one ``[1, T]`` row. The cache stores keys and values per sequence and hands attention the
-history of all of them, one after another; the mask lets a token see only its own sequence. What a model caches is
-what is stored: DeepSeek's latents stay compressed.
+All tokens of a step are one ``[1, T]`` row. Attention is computed for each sequence by itself
+(`cluster.model.attention`); what of a sequence's history a token may see is asked of the model's own mask functions.
 """
 
 from __future__ import annotations
@@ -12,118 +11,191 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
 from cluster.errors import InternalError, UnsupportedModel
+from cluster.model.kv import KvStore, Runs
 
-
-class SequenceKv:
-    """Keys and values of one sequence, all layers, with room for ``capacity`` tokens; ``length`` are committed.
-
-    Buffers are allocated once, when a layer stores its first tokens.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.length, self.capacity = 0, capacity
-        self._keys: list[torch.Tensor | None] = []
-        self._values: list[torch.Tensor | None] = []
-
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores ``keys`` and ``values`` [1, heads, new, dim] behind the committed ones; returns views of all."""
-        while len(self._keys) <= layer:
-            self._keys.append(None)
-            self._values.append(None)
-        end = self.length + keys.shape[2]
-        key_buffer = self._keys[layer] = self._buffer(self._keys[layer], keys)
-        value_buffer = self._values[layer] = self._buffer(self._values[layer], values)
-        key_buffer[:, :, self.length : end] = keys
-        value_buffer[:, :, self.length : end] = values
-        return key_buffer[:, :, :end], value_buffer[:, :, :end]
-
-    def _buffer(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-        return new.new_empty((*new.shape[:2], self.capacity, new.shape[3])) if buffer is None else buffer
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated."""
-        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values) if t is not None)
+MaskFunction = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One sequence's part of a step: ``ids`` are the tokens from position ``kv.length`` on."""
+    """One sequence's part of a step: ``ids`` are the tokens from position ``start`` on, and ``blocks`` the blocks of
+    the key-value store that hold the sequence up to the last of them."""
 
     ids: Sequence[int]
-    kv: SequenceKv
+    start: int
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence in the batch: rows ``first`` to ``last`` of the T, positions ``start`` to ``total`` of its own, and
+    ``key_first`` to ``key_last`` of the S where all histories lie one behind the other."""
+
+    first: int
+    last: int
+    start: int
+    total: int
+    key_first: int
+    key_last: int
+    runs: Runs
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of this step."""
+        return self.last - self.first
 
 
 class PackedBatch:
-    """Index tensors of one step. ``last_T`` are the row numbers of each chunk's last token; ``spans`` and ``key_spans``
-    are each sequence's (start, end) among the T rows and the S keys."""
+    """Index tensors of one step. ``last_T`` are the row numbers of each chunk's last token."""
 
-    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
-        self.chunks = list(chunks)
-        lengths = [len(chunk.ids) for chunk in self.chunks]
-        self.spans: list[tuple[int, int]] = []
-        start = 0
-        for length in lengths:
-            self.spans.append((start, start + length))
-            start += length
-        self.ids = torch.tensor([[i for chunk in self.chunks for i in chunk.ids]], dtype=torch.int64, device=device)
-        starts = [chunk.kv.length for chunk in self.chunks]
-        self.positions_T = torch.cat(
-            [torch.arange(at, at + n, device=device) for at, n in zip(starts, lengths, strict=True)]
-        )
-        self.last_T = torch.tensor([end - 1 for _, end in self.spans], dtype=torch.int64, device=device)
-        numbers = torch.arange(len(self.chunks), device=device)
-        totals = [at + n for at, n in zip(starts, lengths, strict=True)]
-        self.key_spans = [(sum(totals[:i]), sum(totals[: i + 1])) for i in range(len(totals))]
-        self.key_positions_S = torch.cat([torch.arange(n, device=device) for n in totals])
-        self._query_sequence_T = numbers.repeat_interleave(torch.tensor(lengths, device=device))
-        self._key_sequence_S = numbers.repeat_interleave(torch.tensor(totals, device=device))
+    def __init__(self, chunks: Sequence[Chunk], store: KvStore, device: torch.device) -> None:
+        self.store, self.device = store, device
+        self.spans: list[Span] = []
+        row = key = 0
+        positions, at = [], []
+        for chunk in chunks:
+            rows, total = len(chunk.ids), chunk.start + len(chunk.ids)
+            runs = store.runs(chunk.blocks, total)
+            self.spans.append(Span(row, row + rows, chunk.start, total, key, key + total, runs))
+            positions.append(np.arange(chunk.start, total))
+            at.append(store.positions(chunk.blocks, chunk.start, total))
+            row, key = row + rows, key + total
+        ids = np.fromiter((i for chunk in chunks for i in chunk.ids), np.int64, row)
+        self.ids = torch.from_numpy(ids)[None].to(device)
+        self.positions_T = torch.from_numpy(np.concatenate(positions)).to(device)
+        self.at_T = torch.from_numpy(np.concatenate(at)).to(device)
+        self.last_T = torch.tensor([span.last - 1 for span in self.spans], dtype=torch.int64, device=device)
+        self.num_keys = key
+        self._masks: list[BatchMask] = []
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return int(self.ids.shape[1])
 
-    def mask(self, mask_function: Callable[..., torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [1, 1, T, S]: ``mask_function`` (the model's own: causal, windowed, ...) within a sequence,
-        the lowest value of ``dtype`` elsewhere."""
-        zero = torch.zeros((), dtype=torch.int64, device=self.ids.device)
+    def mask(self, mask_function: MaskFunction, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that stands for the mask until `mask_of` is asked for it."""
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
         if bool(mask_function(zero, zero, zero, zero + 1)):
             raise UnsupportedModel("--model: its attention sees later tokens; only causal models are served")
-        allowed = mask_function(zero, zero, self.positions_T[:, None], self.key_positions_S[None, :])
-        allowed = allowed & (self._query_sequence_T[:, None] == self._key_sequence_S[None, :])
-        lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.ids.device)
-        return torch.where(allowed, torch.zeros((), dtype=dtype, device=self.ids.device), lowest)[None, None]
+        mask = BatchMask(self, mask_function, dtype)
+        self._masks.append(mask)
+        return mask.token
 
-    def commit(self) -> None:
-        """Makes the step's tokens part of the history."""
-        for chunk in self.chunks:
-            chunk.kv.length += len(chunk.ids)
+    def mask_of(self, token: torch.Tensor | None) -> BatchMask:
+        """The mask that ``token`` stands for.
+
+        Raises:
+            UnsupportedModel: the model has made something of its own of it.
+        """
+        for mask in self._masks:
+            if mask.token is token:
+                return mask
+        raise UnsupportedModel("--model: its attention changes the mask on the way; such models are not served")
+
+
+class BatchMask:
+    """Which keys each token of a batch may see, sequence by sequence: the model's own function (causal, windowed, ...)
+    of positions."""
+
+    def __init__(self, batch: PackedBatch, function: MaskFunction, dtype: torch.dtype) -> None:
+        self.token = torch.zeros((1, 1, 1, 1), dtype=dtype, device=batch.device)
+        self._batch, self._function, self._dtype = batch, function, dtype
+        self._zero = torch.zeros((), dtype=torch.int64, device=batch.device)
+        self._allowed: dict[tuple[int, int], torch.Tensor | None] = {}
+        self._additive: dict[tuple[int, int], torch.Tensor] = {}
+        self._open: list[bool] | None = None
+
+    def allowed(self, number: int) -> torch.Tensor | None:
+        """Bool [t, S] of sequence ``number``; None where every token sees the whole history (one that decodes)."""
+        key = (number, number)
+        if key not in self._allowed:
+            span = self._batch.spans[number]
+            self._allowed[key] = None if span.num_rows == 1 and self._sees_all(number) else self._evaluate(span)
+        return self._allowed[key]
+
+    def additive(self, number: int) -> torch.Tensor:
+        """[1, 1, t, S] for the model's own attention: 0, or the lowest value of the dtype."""
+        key = (number, number)
+        if key not in self._additive:
+            allowed = self.allowed(number)
+            span = self._batch.spans[number]
+            mask = torch.zeros((span.num_rows, span.total), dtype=self._dtype, device=self._batch.device)
+            if allowed is not None:
+                mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
+            self._additive[key] = mask[None, None]
+        return self._additive[key]
+
+    def _evaluate(self, span: Span) -> torch.Tensor:
+        device = self._batch.device
+        rows = torch.arange(span.start, span.total, device=device)
+        keys = torch.arange(span.total, device=device)
+        allowed = self._function(self._zero, self._zero, rows[:, None], keys[None, :])
+        return allowed.expand(span.num_rows, span.total)
+
+    def _sees_all(self, number: int) -> bool:
+        """Asked at once for all sequences with one token, since there may be many."""
+        if self._open is None:
+            spans, device = self._batch.spans, self._batch.device
+            totals_B = torch.tensor([span.total for span in spans], device=device)
+            keys_S = torch.arange(int(totals_B.max()), device=device)
+            seen_BS = self._function(self._zero, self._zero, totals_B[:, None] - 1, keys_S[None, :])
+            self._open = (seen_BS | (keys_S[None, :] >= totals_B[:, None])).all(dim=1).tolist()
+        return self._open[number]
+
+
+class Layers:
+    """What is known of a model's attention layers, from its own calls.
+
+    ``direct``: the layer gives attention the very tensors that the cache returned, so the cache need not gather
+    histories that attention then takes apart again.
+    """
+
+    def __init__(self) -> None:
+        self.direct: dict[int, bool] = {}
+        self.fast: dict[int, bool] = {}
+        self.checked: dict[int, set[bool]] = {}
 
 
 class PackedCache(Cache):
     """transformers' cache interface over the sequences of one step."""
 
-    def __init__(self, batch: PackedBatch) -> None:
+    def __init__(self, batch: PackedBatch, layers: Layers) -> None:
         super().__init__(layers=[])
-        self._batch = batch
+        self._batch, self.known = batch, layers
+        self.layer = -1
+        self._returned: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the step's keys and values [1, heads, T, dim]; returns those of all sequences, [1, heads, S, dim]."""
-        keys, values = [], []
-        for chunk, (start, end) in zip(self._batch.chunks, self._batch.spans, strict=True):
-            key, value = chunk.kv.append(layer_idx, key_states[:, :, start:end], value_states[:, :, start:end])
-            keys.append(key)
-            values.append(value)
-        if len(keys) == 1:
-            return keys[0], values[0]
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        """Stores the step's keys and values [1, heads, T, dim]; returns those of all sequences, [1, heads, S, dim], or
+        for a layer that is known to be direct only the step's own."""
+        batch = self._batch
+        batch.store.store(layer_idx, batch.at_T, key_states, value_states)
+        self.layer = layer_idx
+        if not self.known.direct.get(layer_idx, False):
+            pairs = [batch.store.read(layer_idx, span.runs) for span in batch.spans]
+            if len(pairs) == 1:
+                key_states, value_states = pairs[0]
+            else:
+                key_states = torch.cat([keys for keys, _ in pairs], dim=2)
+                value_states = torch.cat([values for _, values in pairs], dim=2)
+        self._returned = (key_states, value_states)
+        return self._returned
+
+    def is_direct(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Attention got what `update` has just returned."""
+        returned = self._returned
+        same = returned is not None and key is returned[0] and value is returned[1]
+        if self.known.direct.setdefault(self.layer, same) and not same:
+            raise InternalError(f"attention layer {self.layer} no longer takes what its cache returned")
+        return self.known.direct[self.layer]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Only asked for by code that does not take our positions and masks; such code has no answer here."""
@@ -131,28 +203,36 @@ class PackedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(keys of all sequences, 0)."""
-        return int(self._batch.key_positions_S.numel()), 0
+        return self._batch.num_keys, 0
 
 
-_current: ContextVar[PackedBatch] = ContextVar("expertmesh_packed_batch")
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step's attention needs."""
+
+    batch: PackedBatch
+    cache: PackedCache
 
 
-def current_batch() -> PackedBatch:
-    """The batch of the step that this thread is in.
+_current: ContextVar[Step] = ContextVar("expertmesh_step")
+
+
+def current_step() -> Step:
+    """The step that this thread is in.
 
     Raises:
         InternalError: it is in none.
     """
-    batch = _current.get(None)
-    if batch is None:
+    step = _current.get(None)
+    if step is None:
         raise InternalError("the model was called outside a step")
-    return batch
+    return step
 
 
 @contextmanager
-def stepping(batch: PackedBatch) -> Iterator[None]:
-    """While it lasts, masks that the model asks for in this thread are those of ``batch``."""
-    token = _current.set(batch)
+def stepping(step: Step) -> Iterator[None]:
+    """While it lasts, masks and attention of this thread are those of ``step``."""
+    token = _current.set(step)
     try:
         yield
     finally:
@@ -161,7 +241,7 @@ def stepping(batch: PackedBatch) -> Iterator[None]:
 
 def packed_mask(
     *_args: object,
-    mask_function: Callable[..., torch.Tensor],
+    mask_function: MaskFunction,
     attention_mask: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     use_vmap: bool = False,
@@ -170,4 +250,4 @@ def packed_mask(
     """Mask function of transformers' attention-mask interface, registered with the hook's own name."""
     if attention_mask is not None or use_vmap:
         raise InternalError("the model asks for a mask that a packed batch does not have")
-    return current_batch().mask(mask_function, dtype)
+    return current_step().batch.mask(mask_function, dtype)

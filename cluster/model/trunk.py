@@ -14,10 +14,12 @@ from cluster.core import Clock
 from cluster.errors import InternalError
 from cluster.model.ahead import AheadOfTime, shared_experts_of
 from cluster.model.hook import NAME, attach, check_attention, register
-from cluster.model.packed import Chunk, PackedBatch, PackedCache, stepping
+from cluster.model.kv import KvStore
+from cluster.model.packed import Chunk, Layers, PackedBatch, PackedCache, Step, stepping
 from cluster.routing.dispatcher import StepContext
 from cluster.telemetry.ledger import Stage
 from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.kernels import SMALL_BYTES, FastLinear, FastNorm, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import Skeleton, build_skeleton
 
@@ -49,6 +51,9 @@ class Trunk:
             attach(moe_layer.module, self._hook(moe_layer.layer, None if shared is None else AheadOfTime(shared)))
         takes = inspect.signature(self.model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in takes
+        self._layers = Layers()
+        self.store = KvStore(1, 1)
+        """Where keys and values go; to be replaced before the first step."""
         self._step: StepContext | None = None
         self._mark_s = 0.0
 
@@ -66,7 +71,10 @@ class Trunk:
         skeleton = build_skeleton(checkpoint, dtype, attention=NAME, experts=NAME)
         check_attention(skeleton.model)
         tensors = WeightMap(checkpoint, skeleton).read_trunk(dtype)
-        return cls(skeleton, tensors, dispatch, device), skeleton
+        trunk = cls(skeleton, tensors, dispatch, device)
+        if device.type == "cpu" and dtype is torch.float32 and trunk.num_bytes > SMALL_BYTES:
+            trunk.num_bytes += speed_up(trunk.model, KernelTable.measure())
+        return trunk, skeleton
 
     def _hook(
         self, layer: int, ahead: AheadOfTime | None
@@ -87,21 +95,21 @@ class Trunk:
     def forward(self, chunks: Sequence[Chunk], step: StepContext) -> torch.Tensor:
         """One step: logits fp32 [number of chunks, V] of each chunk's last token, on the CPU.
 
-        The chunks' tokens become part of their sequences' history, unless an error is raised; then the sequences
-        must be dropped.
+        The keys and values of the chunks' tokens are in the store afterwards; after an error some may be.
 
         Raises:
             ExpertMeshError: whatever the dispatcher raised.
         """
-        batch = PackedBatch(chunks, self.device)
+        batch = PackedBatch(chunks, self.store, self.device)
+        cache = PackedCache(batch, self._layers)
         extra = {"logits_to_keep": batch.last_T} if self._takes_logits_to_keep else {}
         self._step, self._mark_s = step, self._clock()
         try:
-            with stepping(batch):
+            with stepping(Step(batch, cache)):
                 output = self.model(
                     input_ids=batch.ids,
                     position_ids=batch.positions_T[None],
-                    past_key_values=PackedCache(batch),
+                    past_key_values=cache,
                     use_cache=True,
                     **extra,
                 )
@@ -110,8 +118,22 @@ class Trunk:
             step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
         finally:
             self._step = None
-        batch.commit()
         return result
+
+
+def speed_up(model: Any, table: KernelTable) -> int:
+    """Gives every linear layer on the CPU the kernels of ``table``, and every RMSNorm torch's own; bytes of the second
+    copies of weights."""
+    num_bytes = 0
+    for module in model.modules():
+        norm = FastNorm.of(module)
+        if norm is not None:
+            module.__dict__["forward"] = norm
+        if type(module) is torch.nn.Linear and module.weight.is_cpu:
+            fast = FastLinear(module.weight, module.bias, table)
+            module.__dict__["forward"] = fast  # instead of the class's; a submodule or parameter it is not
+            num_bytes += fast.packed_bytes
+    return num_bytes
 
 
 def _assign(model: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -107,7 +107,8 @@ class Dispatcher:
         parts = self._split(layer, local_TH, rows_P, experts_P, weight_P, experts_per_token)
         self._send(step, layer, parts, step.priority)
         sent_s = self._clock()
-        step.ledger.add(Stage.DISPATCH, sent_s - started_s)
+        inline_s = _computed_while_sending(parts)
+        step.ledger.add(Stage.DISPATCH, sent_s - started_s - inline_s)
         replies: list[tuple[float, float, float]] = []
         free_s = sent_s
         combine_s = 0.0
@@ -129,7 +130,11 @@ class Dispatcher:
                 del reply  # its rows may be memory of a link
         finally:
             self._cancel_unanswered(parts)
-        self._account(step.ledger, sent_s, free_s, combine_s, replies)
+        if inline_s:
+            step.ledger.add(Stage.GROUP_COMPUTE, inline_s)
+            step.ledger.add(Stage.COMBINE, combine_s)
+        else:
+            self._account(step.ledger, sent_s, free_s, combine_s, replies)
         return combined_TH
 
     # -- splitting and sending -------------------------------------------------------------------------------------
@@ -148,6 +153,12 @@ class Dispatcher:
         owner_P = owner_E[experts_P]
         limit = max_rows(hidden_TH.shape[1], experts_per_token)
         parts = []
+        if num_rows := hidden_TH.shape[0]:
+            group = int(owner_P[0])
+            # One group for everything, as where groups live in this process: nothing to sort out.
+            whole = num_rows <= limit and rows_P.size == num_rows * experts_per_token
+            if whole and bool((owner_P == group).all()):
+                return [_Part(group, None, LayerRows.of(hidden_TH, rows_P, experts_P, weight_P))]
         for group, pairs in _by_value(owner_P):
             row_P = rows_P[pairs]
             starts = np.ones(row_P.size, dtype=bool)
@@ -285,6 +296,16 @@ class Dispatcher:
             hidden_s = max(0.0, hidden_s - max(0.0, spent_s))
         ledger.add(Stage.STRAGGLER, last_s - max(first_s, free_s))
         ledger.add(Stage.COMBINE, combine_s)
+
+
+def _computed_while_sending(parts: list[_Part]) -> float:
+    """Seconds that groups in this very process computed inside `submit`; 0 where a link leads elsewhere."""
+    spent_s = 0.0
+    for part in parts:
+        if part.pending is None or part.link is None or part.link.kind != "inproc" or not part.pending.done():
+            return 0.0
+        spent_s += part.pending.compute_s()
+    return spent_s
 
 
 def _by_value(values_P: Ints) -> Iterator[tuple[int, Ints]]:

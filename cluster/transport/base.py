@@ -121,6 +121,10 @@ class PendingReply:
         """True once a reply or an error is set."""
         return self._done
 
+    def compute_s(self) -> float:
+        """What the reply says of computing; 0 while there is none."""
+        return 0.0 if self._reply is None else self._reply.compute_s
+
     def wait(self, deadline: Deadline) -> LayerReply:
         """The reply. One thread waits.
 

@@ -9,7 +9,8 @@ from torch import nn
 from cluster.core import Deadline, GroupInfo, Membership
 from cluster.experts.group import ExpertGroup
 from cluster.model.ahead import AheadOfTime, shared_experts_of
-from cluster.model.packed import Chunk, SequenceKv
+from cluster.model.kv import KvStore
+from cluster.model.packed import Chunk
 from cluster.model.trunk import Trunk
 from cluster.placement.planner import plan_blocks, table_from_groups
 from cluster.routing.dispatcher import Dispatcher, StepContext
@@ -97,8 +98,9 @@ def test_models_overlap_where_their_code_allows(arch: str, overlaps: bool, tiny:
         return dispatcher(step, layer, *given, meanwhile)  # type: ignore[arg-type]
 
     trunk, _ = Trunk.load(Checkpoint(path), torch.float32, torch.device("cpu"), dispatch)
+    trunk.store = KvStore(1, 8)
     for tokens in (8, 3):
-        trunk.forward([Chunk(range(tokens), SequenceKv(tokens))], StepContext(0))
+        trunk.forward([Chunk(range(tokens), 0, [0])], StepContext(0))
     assert bool(ahead) == (arch != "mixtral")
     assert all(its.proven == overlaps for its in ahead)
     fabric.close()

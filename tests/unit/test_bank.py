@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from cluster.errors import InvalidArgument, MissingExperts
-from cluster.experts.bank import ExpertBank
+from cluster.errors import ConfigError, InvalidArgument, MissingExperts
+from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.crew import Crew
 from cluster.transport.base import LayerRows
 from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.kernels import PACKED, PLAIN, ROWS, SPLIT, FastLinear, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 from cluster.weights.zoo import architectures
@@ -16,11 +22,18 @@ from tests.conftest import MakeTiny
 CPU = torch.device("cpu")
 
 
-def bank(path: object, holdings: list[list[int]] | None = None) -> ExpertBank:
+def table(fastest: str, from_rows: int = 1) -> KernelTable:
+    """One that says that ``fastest`` wins from so many rows on, and the plain kernel before."""
+    kernels = (PLAIN, SPLIT, PACKED)
+    best = {rows: fastest if rows >= from_rows else PLAIN for rows in ROWS}
+    return KernelTable({rows: {name: 1.0 if name == best[rows] else 2.0 for name in kernels} for rows in ROWS})
+
+
+def bank(path: object, holdings: list[list[int]] | None = None, **how: Any) -> ExpertBank:
     checkpoint = Checkpoint(str(path))
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
     held = holdings or [list(range(layer.num_experts)) for layer in weights.skeleton.moe_layers]
-    return ExpertBank.load(7, weights, held, torch.float32, CPU)
+    return ExpertBank.load(7, weights, held, Compute(torch.float32, CPU, **how))
 
 
 def pairs(index_TK: torch.Tensor, weight_TK: torch.Tensor, hidden_TH: torch.Tensor) -> LayerRows:
@@ -29,12 +42,21 @@ def pairs(index_TK: torch.Tensor, weight_TK: torch.Tensor, hidden_TH: torch.Tens
     return LayerRows.of(hidden_TH, rows, index_TK.flatten(), weight_TK.flatten())
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "packed": {"table": table(PACKED), "packed": True},
+    "packed-from-4-rows": {"table": table(PACKED, 4), "packed": True, "threads": 2},
+    "three-threads": {"threads": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("arch", architectures())
-def test_experts_compute_what_transformers_own_experts_do(arch: str, tiny: MakeTiny) -> None:
+def test_experts_compute_what_transformers_own_experts_do(arch: str, way: str, tiny: MakeTiny) -> None:
     path = tiny(arch)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
     modules = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "num_experts")]
-    ours = bank(path)
+    ours = bank(path, **WAYS[way])
     hidden_TH = torch.randn(20, 64)
     for layer, module in enumerate(modules):
         index_TK = torch.stack([torch.randperm(module.num_experts)[:3] for _ in range(20)])
@@ -43,7 +65,10 @@ def test_experts_compute_what_transformers_own_experts_do(arch: str, tiny: MakeT
             wanted = module(hidden_TH, index_TK, weight_TK)
         got = ours.compute(layer, pairs(index_TK, weight_TK, hidden_TH))
         assert torch.allclose(got, wanted, atol=1e-5 * float(wanted.std()), rtol=1e-4)
-    assert ours.num_bytes == sum(p.numel() * 4 for m in modules for p in m.parameters())
+    plain = sum(p.numel() * 4 for m in modules for p in m.parameters())
+    biases = sum(p.numel() * 4 for m in modules for name, p in m.named_parameters() if "bias" in name)
+    assert ours.num_bytes == plain + (plain - biases if "packed" in WAYS[way] else 0)
+    ours.close()
 
 
 def test_a_group_never_computes_an_expert_that_it_does_not_hold(tiny: MakeTiny) -> None:
@@ -70,3 +95,66 @@ def test_a_call_without_rows_or_pairs_has_an_answer(tiny: MakeTiny) -> None:
     ours = bank(tiny("mixtral"))
     empty = pairs(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), torch.empty(0, 64))
     assert ours.compute(0, empty).shape == (0, 64)
+
+
+@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize(("dtype", "fraction", "limit"), [("int8", 4, 0.05), ("bf16", 2, 0.01)])
+def test_quantised_experts_are_smaller_and_close(
+    arch: str, dtype: str, fraction: float, limit: float, tiny: MakeTiny
+) -> None:
+    path = tiny(arch)
+    exact, ours = bank(path), bank(path, expert_dtype=dtype, threads=2)
+    assert not ours.how.exact
+    assert exact.how.exact
+    hidden_TH = torch.randn(20, 64)
+    experts = len(exact.holdings[0])
+    rows = pairs(torch.stack([torch.randperm(experts)[:3] for _ in range(20)]), torch.rand(20, 3), hidden_TH)
+    wanted, got = exact.compute(0, rows), ours.compute(0, rows)
+    difference = float((got - wanted).std() / wanted.std())
+    assert 0 < difference < limit
+    # Scales weigh more in a tiny model than in one that anybody serves.
+    assert ours.num_bytes < exact.num_bytes * (1.0 / fraction + 0.25)
+    ours.close()
+
+
+def test_a_dtype_of_experts_that_their_device_has_not_is_refused(tiny: MakeTiny) -> None:
+    checkpoint = Checkpoint(str(tiny("mixtral")))
+    weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.bfloat16))
+    with pytest.raises(ConfigError, match="expert_dtype: got 'int8' with dtype bf16"):
+        ExpertBank.load(0, weights, [[0]] * 3, Compute(torch.bfloat16, CPU, "int8"))
+
+
+def test_an_error_in_any_thread_is_raised(tiny: MakeTiny) -> None:
+    crew = Crew(3)
+    done: list[int] = []
+
+    def fail() -> None:
+        raise ValueError("third")
+
+    with pytest.raises(ValueError, match="third"):
+        crew.run([lambda: done.append(1), lambda: done.append(2), fail])
+    crew.run([lambda: done.append(3), lambda: done.append(4)])
+    assert sorted(done) == [1, 2, 3, 4]
+    crew.close()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.sampled_from([PLAIN, SPLIT, PACKED]), st.booleans())
+def test_every_kernel_computes_the_same_linear_layer(rows: int, kernel: str, bias: bool) -> None:
+    layer = torch.nn.Linear(24, 16, bias=bias)
+    x = torch.randn(1, rows, 24)
+    fast = FastLinear(layer.weight.detach(), layer.bias.detach() if bias else None, table(kernel))
+    assert (fast.packed_bytes > 0) == (kernel == PACKED)
+    with torch.inference_mode():
+        assert torch.allclose(fast(x), layer(x), atol=1e-5)
+
+
+def test_the_table_measures_every_kernel() -> None:
+    measured = KernelTable.measure()
+    assert set(measured.seconds) == set(ROWS)
+    for times in measured.seconds.values():
+        assert {PLAIN, SPLIT} <= set(times)
+        assert min(times.values()) > 0
+    assert table(PACKED, 4).plain_up_to(0.0) == 3
+    assert table(PACKED).plain_up_to(0.0) == 0
+    assert table(PLAIN).plain_up_to(0.0) == ROWS[-1]

@@ -3,15 +3,26 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 import torch
 
 from cluster.config import EngineConfig
 from cluster.core import Deadline, FinishReason, Request, SamplingParams, StopParams
-from cluster.engine.engine import Engine, TokenEvent
-from cluster.errors import Cancelled, DeadlineExceeded, InternalError, InvalidArgument, Overloaded, Unavailable
+from cluster.engine.engine import Engine, EngineStats, TokenEvent
+from cluster.engine.text import Tokenizer
+from cluster.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    Overloaded,
+    Unavailable,
+)
 from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
 
@@ -19,9 +30,12 @@ V, SOON = 50, 10.0
 
 
 class Model:
-    """The next token is the last one plus one; logits depend on the sequence alone. ``gate`` holds steps back."""
+    """The next token is the last one plus one, or, ``by_history``, follows from all that the blocks hold of the
+    sequence. ``gate`` holds steps back."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_history: bool = False, block_size: int = 16) -> None:
+        self.by_history, self.size = by_history, block_size
+        self.blocks: dict[int, list[int]] = defaultdict(lambda: [0] * block_size)
         self.steps: list[list[int]] = []
         self.gate: threading.Semaphore | None = None
         self.waiting = threading.Event()
@@ -36,9 +50,21 @@ class Model:
         self.steps.append([chunk.ids[-1] for chunk in chunks])
         logits = torch.zeros(len(chunks), V)
         for row, chunk in enumerate(chunks):
-            chunk.kv.length += len(chunk.ids)
+            end = chunk.start + len(chunk.ids)
+            for position, token in enumerate(chunk.ids, chunk.start):
+                self.blocks[chunk.blocks[position // self.size]][position % self.size] = token
+            past = [self.blocks[chunk.blocks[i // self.size]][i % self.size] for i in range(end)]
             logits[row, (chunk.ids[-1] + 1) % V] = 10.0
+            if self.by_history:
+                logits[row] = torch.tensor([(sum(past) * 7 + end * 3 + i * 11) % 29 / 9 for i in range(V)])
         return logits
+
+
+class Letters:
+    """A tokenizer in which each token is a letter."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
 
 
 def engine(model: Model, **config: int) -> Engine:
@@ -178,8 +204,142 @@ def test_close_ends_every_request_with_an_answer() -> None:
 
 
 def test_what_the_cache_can_never_hold_is_refused_at_once() -> None:
-    target = engine(Model(), kv_cache_bytes=40)
+    target = engine(Model(), kv_cache_bytes=47, block_size=8)
     with pytest.raises(InvalidArgument, match=r"max_new_tokens: got 40.*makes 41 tokens.*holds 40"):
         ask(target, 1, new=40)
     assert collect(ask(target, 1, new=39)[1])[0] == [i % V for i in range(2, 41)]
+    target.close()
+
+
+def test_a_cache_of_less_than_a_block_is_refused_at_start() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_bytes: got 15"):
+        engine(Model(), kv_cache_bytes=15)
+
+
+def generate(kv_cache_bytes: int, prefix_caching: bool) -> tuple[list[tuple[list[int], str]], EngineStats]:
+    """Tokens and text of ten requests, half of them with a common prompt, that come all at once."""
+    model = Model(by_history=True, block_size=4)
+    model.gate = threading.Semaphore(0)
+    config = EngineConfig(kv_cache_bytes=kv_cache_bytes, block_size=4, prefix_caching=prefix_caching)
+    target = Engine(model, cast(Tokenizer, Letters()), config, kv_bytes_per_token=1)
+    heard: list[queue.Queue[TokenEvent]] = []
+    for number in range(10):
+        prompt = (*range(9), number) if number % 2 else (number, *range(number))
+        sampling = SamplingParams(temperature=number % 3, seed=number, repetition_penalty=1.0 + 999 * (number % 2))
+        stop = StopParams(20 + number, ("abc",))
+        heard.append(queue.Queue())
+        target.submit(Request(str(number), prompt, sampling, stop, Deadline(float("inf"))), heard[-1].put)
+    model.gate.release(100_000)
+    answers = []
+    for events in heard:
+        tokens, texts = [], []
+        last = False
+        while not last:
+            event = events.get(timeout=SOON)
+            assert event.token is not None
+            tokens.append(event.token.token)
+            texts.append(event.text)
+            last = event.last
+        answers.append((tokens, "".join(texts)))
+        assert events.empty()
+    stats = target.stats()
+    target.close()
+    return answers, stats
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted_requests_get_the_same_tokens_and_text(prefix_caching: bool) -> None:
+    wanted, roomy = generate(10_000, prefix_caching=False)
+    answers, stats = generate(60, prefix_caching)
+    assert answers == wanted
+    for number in (3, 9):  # greedy, with a penalty that lets nothing come again that the sampler knows of
+        tokens, _ = answers[number]
+        assert len({*range(9), *tokens}) == 9 + len(tokens)
+    assert roomy.preemptions == 0
+    assert stats.preemptions > 0
+    assert (stats.finished, stats.kv_blocks, stats.kv_blocks_used, stats.kv_used_bytes) == (10, 15, 0, 0)
+    assert stats.kv_cached_bytes == 4 * (15 - stats.kv_blocks_free)
+    assert (stats.kv_cached_bytes > 0) == prefix_caching
+
+
+def test_a_prompt_that_came_before_is_not_computed_again() -> None:
+    model = Model(by_history=True)
+    target = engine(model)
+    prompt = tuple(range(40))
+    answers = []
+    for name in ("a", "b"):
+        events: queue.Queue[TokenEvent] = queue.Queue()
+        target.submit(Request(name, prompt, SamplingParams(), StopParams(3), Deadline(float("inf"))), events.put)
+        answers.append(collect(events)[0])
+    assert answers[0] == answers[1]
+    stats = target.stats()
+    assert (stats.prompt_tokens, stats.prefix_hit_tokens, stats.kv_cached_bytes) == (80, 32, 32)
+    target.close()
+
+
+def test_what_a_failed_step_computed_is_not_taken_for_a_prefix() -> None:
+    model = Model()
+    target = engine(model, block_size=1)
+    for model.fail in (ValueError("broken"), None, None):
+        events: queue.Queue[TokenEvent] = queue.Queue()
+        request = Request("r", tuple(range(5)), SamplingParams(), StopParams(1), Deadline(float("inf")))
+        target.submit(request, events.put)
+        assert collect(events)[1].last
+    assert target.stats().prefix_hit_tokens == 4, "the third request's, from the second"
+    target.close()
+
+
+def held_back(model: Model, target: Engine, listeners: dict[str, Callable[[TokenEvent], None]]) -> None:
+    """Submits a request for each listener so that all of them start in the same step."""
+    model.gate = threading.Semaphore(0)
+    first = ask(target, 40, new=1)
+    assert model.waiting.wait(SOON)
+    for name, listener in listeners.items():
+        target.submit(Request(name, (1,), SamplingParams(), StopParams(3), Deadline(float("inf"))), listener)
+    model.gate.release(100)
+    collect(first[1])
+
+
+def test_events_come_when_the_step_is_settled_and_nobody_has_to_wait_for_the_listener() -> None:
+    model = Model()
+    target = engine(model)
+    seen: queue.Queue[EngineStats] = queue.Queue()
+
+    def listen(event: TokenEvent) -> None:
+        if event.last:
+            other = threading.Thread(target=lambda: seen.put(target.stats()))
+            other.start()
+            other.join(SOON)
+
+    held_back(model, target, {"a": listen, "b": listen})
+    for _ in range(2):
+        stats = seen.get(timeout=SOON)
+        assert (stats.finished, stats.running, stats.kv_blocks_used) == (3, 0, 0)
+    target.close()
+
+
+def test_a_request_that_is_cancelled_by_a_listener_is_in_no_step_more() -> None:
+    model = Model()
+    target = engine(model)
+    events: queue.Queue[TokenEvent] = queue.Queue()
+    held_back(model, target, {"a": lambda _event: target.cancel("b"), "b": events.put})
+    tokens, last = collect(events)
+    assert len(tokens) == 1
+    assert isinstance(last.error, Cancelled)
+    assert target.stats().max_steps_after_cancel == 0
+    target.close()
+
+
+def test_deadlines_end_requests_whatever_their_order() -> None:
+    clock = [0.0]
+    model = Model()
+    model.gate = threading.Semaphore(0)
+    target = engine(model)
+    deadlines = [9.0, 3.0, float("inf"), 5.0]
+    heard = [ask(target, i, new=30, deadline=Deadline(at, lambda: clock[0])) for i, at in enumerate(deadlines)]
+    assert model.waiting.wait(SOON)
+    clock[0] = 6.0
+    model.gate.release(1000)
+    ends = [collect(events)[1] for _, events in heard]
+    assert [isinstance(end.error, DeadlineExceeded) for end in ends] == [False, True, False, True]
     target.close()

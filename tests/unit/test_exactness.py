@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.api.router import Router
-from cluster.model import hook
-from cluster.model.packed import Chunk, SequenceKv
+from cluster.model import attention, trunk
+from cluster.model.kv import KvStore
+from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
 from cluster.weights.zoo import WINDOW, architectures
 from tests.conftest import MakeTiny
@@ -21,11 +22,20 @@ from tests.systems import in_process_router
 
 PROMPT_LENGTHS = (9, 3 * WINDOW + 5, 30)
 NEW = 12
+EAGER_ONLY = ("deepseek_v2", "deepseek_v3", "gpt_oss")
+"""Keys and values of different widths; sinks."""
 
 
 def serve_ragged(router: Router, prompts: list[list[int]], chunk: int) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Greedy tokens and logits when sequences join one step after another and prompts go in pieces."""
-    kvs = [SequenceKv(len(prompt) + NEW) for prompt in prompts]
+    """Greedy tokens and logits when sequences join one step after another and prompts go in pieces, with keys and
+    values in scattered blocks of 4 tokens (one sequence has them in a row)."""
+    size = 4
+    need = [-(-(len(prompt) + NEW) // size) for prompt in prompts]
+    free = random.sample(range(sum(need)), sum(need))
+    blocks = [[free.pop() for _ in range(count)] for count in need]
+    blocks[0] = [sum(need) + i for i in range(need[0])]
+    router._trunk.store = KvStore(sum(need) + need[0], size)
+    done = [0] * len(prompts)
     pending = [list(prompt) for prompt in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -35,7 +45,8 @@ def serve_ragged(router: Router, prompts: list[list[int]], chunk: int) -> tuple[
             if step < number or len(tokens[number]) == NEW:
                 continue
             piece, pending[number] = pending[number][:chunk], pending[number][chunk:]
-            chunks.append(Chunk(piece, kvs[number]))
+            chunks.append(Chunk(piece, done[number], blocks[number]))
+            done[number] += len(piece)
             members.append(number)
         if not chunks:
             return tokens, [torch.stack(rows) for rows in logits]
@@ -49,17 +60,23 @@ def serve_ragged(router: Router, prompts: list[list[int]], chunk: int) -> tuple[
     raise AssertionError("did not end")
 
 
-@pytest.mark.parametrize("limit", [0, hook.WHOLE_BATCH_LIMIT], ids=["attention-per-sequence", "whole-batch"])
+@pytest.mark.parametrize("way", ["fast", "eager"])
 @pytest.mark.parametrize("arch", architectures())
 def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(
-    arch: str, limit: int, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+    arch: str, way: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hook, "WHOLE_BATCH_LIMIT", limit)
-    monkeypatch.setattr(hook, "PIECE_LIMIT", 100)
+    if way == "eager":
+        monkeypatch.setattr(attention, "TOLERANCE", -1.0)  # nothing is close enough
+        monkeypatch.setattr(attention, "PIECE_LIMIT", 100)
+    else:
+        monkeypatch.setattr(trunk, "SMALL_BYTES", 0)
     path = tiny(arch, seed=random.randrange(10_000))
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = [[random.randrange(512) for _ in range(length)] for length in PROMPT_LENGTHS]
     with in_process_router(path, num_groups=3) as router:
+        known = router._trunk._layers
+        assert set(known.fast.values()) == {way == "fast" and arch not in EAGER_ONLY}
+        assert set(known.direct.values()) == {not arch.startswith("deepseek")}
         tokens, logits = serve_ragged(router, prompts, chunk=17)
     for prompt, chosen, got in zip(prompts, tokens, logits, strict=True):
         with torch.inference_mode():

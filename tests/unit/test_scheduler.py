@@ -1,79 +1,382 @@
 from __future__ import annotations
 
-from collections import defaultdict
+import random
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cluster.config import EngineConfig
 from cluster.core import Deadline, Request, SamplingParams, StopParams
-from cluster.engine.scheduler import Scheduled, Scheduler
+from cluster.engine.blocks import BlockPool
+from cluster.engine.scheduler import FAIR_PART, Scheduled, Scheduler, Share
 from cluster.errors import Overloaded
 
-
-def sequence(prompt: int, new: int, name: str = "r") -> Scheduled:
-    ids = tuple(range(prompt))
-    return Scheduled(Request(name, ids, SamplingParams(), StopParams(new), Deadline(float("inf"))))
+NEVER = float("inf")
 
 
+class World:
+    """A scheduler, a clock that moves with each step, and a model of the cache: what each slot of each block holds is
+    a number that stands for the token and everything before it. The next token follows from that number."""
+
+    def __init__(self, num_blocks: int = 10_000, block_size: int = 4, step_s: float = 0.01, **config: int) -> None:
+        self.prefix_caching = bool(config.pop("prefix_caching", True))
+        self.config = EngineConfig(**{"max_running": 64, "max_waiting": 10_000, **config})
+        self.now_s, self._step_s = 100.0, step_s
+        self.pool = BlockPool(num_blocks, block_size, self.prefix_caching)
+        self.scheduler = Scheduler(self.config, self.pool, lambda: self.now_s)
+        self.slots: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]
+        self.pasts: dict[Scheduled, list[int]] = {}
+        self.ends: dict[Scheduled, tuple[int, int]] = {}
+        self.first: dict[Scheduled, int] = {}
+        self.steps = 0
+
+    def add(self, prompt: Sequence[int], new: int, deadline_s: float = NEVER) -> Scheduled:
+        deadline = Deadline(self.now_s + deadline_s, lambda: self.now_s)
+        item = Scheduled(Request("r", tuple(prompt), SamplingParams(), StopParams(new), deadline))
+        self.scheduler.add(item)
+        self.pasts[item] = []
+        return item
+
+    def remove(self, item: Scheduled) -> None:
+        self.scheduler.remove(item)
+        del self.pasts[item]
+
+    def step(self, fails: bool = False) -> list[Share]:
+        """One step, checked in every respect. Sequences that have all their tokens leave."""
+        decoding = [item for item in self.pasts if item.running and item.decoding]
+        shares = self.scheduler.next_step()
+        self.now_s += self._step_s
+        self.steps += 1
+        self._check_limits(shares, decoding)
+        for share in shares:
+            self._compute(share)
+        if fails:
+            for share in shares:
+                self.remove(share.sequence)
+            return shares
+        self.scheduler.ran(shares)
+        for item, _, _, _, samples, _ in shares:
+            if samples:
+                self.first.setdefault(item, self.steps)
+                if item.num_generated + 1 >= item.request.stop.max_new_tokens:
+                    self.remove(item)
+                else:
+                    self.scheduler.sampled(item, self.pasts[item][-1] % 7)
+        self.check_blocks()
+        return shares
+
+    def _check_limits(self, shares: list[Share], decoding: list[Scheduled]) -> None:
+        config = self.config
+        assert len({share.sequence for share in shares}) == len(shares) <= config.max_running
+        assert sum(len(share.ids) for share in shares) <= config.step_token_budget
+        assert self.scheduler.num_running <= config.step_token_budget, "they could not all decode"
+        kinds = [share.decoding for share in shares]
+        assert kinds == sorted(kinds, reverse=True), "decode tokens come first"
+        prefilled = sum(len(share.ids) for share in shares if not share.decoding)
+        assert prefilled <= config.prefill_chunk or not any(kinds)
+        taken = {share.sequence for share in shares}
+        assert all(item in taken or not item.running for item in decoding), "a running stream was left out"
+        assert shares or not self.pasts, "something always goes on"
+
+    def _compute(self, share: Share) -> None:
+        item, ids, start, blocks, samples, _ = share
+        size, past = self.pool.block_size, self.pasts[item]
+        end = start + len(ids)
+        assert ids == tuple(item.tokens[start:end])
+        assert blocks == tuple(item.table.blocks)
+        assert len(blocks) == -(-end // size)
+        assert samples == (end == len(item.tokens))
+        for token in item.tokens[len(past) :]:
+            past.append(hash((past[-1] if past else 0, token)) & 0xFFFFFFFF)
+        for position in range(start, end):
+            block = blocks[position // size]
+            assert self.pool.num_references(block) == 1, "a shared block is written to"
+            self.slots[block][position % size] = past[position]
+        for number, block in enumerate(blocks):
+            known = past[number * size : min(end, (number + 1) * size)]
+            assert self.slots[block][: len(known)] == known, "the cache does not hold this sequence's past"
+        last_end, last_preemptions = self.ends.get(item, (0, -1))
+        # Each token once: a start elsewhere means that the sequence has just got its place.
+        assert start == last_end or (last_preemptions < item.preemptions and start % size == 0)
+        self.ends[item] = (end, item.preemptions)
+
+    def check_blocks(self) -> None:
+        held = Counter(block for item in self.pasts for block in item.table.blocks)
+        assert self.pool.num_used == len(held)
+        assert all(self.pool.num_references(block) == count for block, count in held.items())
+        assert self.prefix_caching or all(count == 1 for count in held.values())
+        assert len(self.pasts) == self.scheduler.num_running + self.scheduler.num_waiting
+
+    def run(self, max_steps: int) -> None:
+        start = self.steps
+        while self.pasts:
+            self.step()
+            assert self.steps - start <= max_steps, "this does not end"
+
+
+def answer(prompt: Sequence[int], new: int) -> list[int]:
+    """What the model makes of a prompt alone (but for the last token, which nobody asks the scheduler to keep)."""
+    past, tokens = 0, list(prompt)
+    for token in prompt:
+        past = hash((past, token)) & 0xFFFFFFFF
+    while len(tokens) < len(prompt) + new - 1:
+        tokens.append(past % 7)
+        past = hash((past, tokens[-1])) & 0xFFFFFFFF
+    return tokens
+
+
+def numbered(count: int, first: int = 0) -> range:
+    """A prompt that has no prefix in common with another one."""
+    return range(first, first + count)
+
+
+requests = st.tuples(st.integers(1, 30), st.integers(1, 8), st.integers(0, 2), st.integers(0, 3))
+
+
+@settings(max_examples=120, deadline=None)
+@example(
+    [(1, 1, 0, 1), (1, 1, 0, 1), (6, 1, 0, 0), (23, 8, 1, 0), (6, 1, 0, 0), (26, 1, 0, 0)], 3, 3, 1, 5, 1, False, 3.0
+)
 @given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=12),
+    st.lists(requests, min_size=1, max_size=12),
     st.integers(1, 5),
     st.integers(1, 40),
-    st.integers(1, 120),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(0, 20),
+    st.booleans(),
+    st.sampled_from([0.0, 0.01, 3.0]),
 )
 def test_every_token_goes_through_once_in_order_within_all_limits(
-    sizes: list[tuple[int, int]], max_running: int, budget: int, max_kv: int
+    sizes: list[tuple[int, int, int, int]],
+    max_running: int,
+    budget: int,
+    chunk: int,
+    block_size: int,
+    more_blocks: int,
+    caching: bool,
+    step_s: float,
 ) -> None:
-    max_kv = max(max_kv, *(prompt + new for prompt, new in sizes))
-    scheduler = Scheduler(max_running, 100, budget, max_kv)
-    sequences = [sequence(*size) for size in sizes]
-    for item in sequences:
-        scheduler.add(item)
-    seen: dict[int, list[int]] = defaultdict(list)
-    sampled: dict[int, int] = defaultdict(int)
-    steps = 0
-    while shares := scheduler.next_step():
-        steps += 1
-        assert steps < 5000
-        assert sum(len(share.ids) for share in shares) <= budget
-        assert len(shares) <= max_running
-        kinds = [share.sequence.decoding for share in shares]
-        assert kinds == sorted(kinds, reverse=True), "decode tokens come first"
-        running = {id(share.sequence): share.sequence.max_tokens for share in shares}
-        assert sum(running.values()) <= max_kv
-        for share in shares:
-            key = id(share.sequence)
-            seen[key].extend(share.ids)
-            if share.samples:
-                sampled[key] += 1
-                if sampled[key] == share.sequence.request.stop.max_new_tokens:
-                    scheduler.remove(share.sequence)
-                else:
-                    scheduler.sampled(share.sequence, 1000 + sampled[key])
-    assert scheduler.num_running == scheduler.num_waiting == 0
-    for item in sequences:
-        new = item.request.stop.max_new_tokens
-        assert sampled[id(item)] == new
-        assert seen[id(item)] == [*item.request.prompt_ids, *(1000 + i for i in range(1, new))]
+    largest = max(prompt + new for prompt, new, _, _ in sizes)
+    limits = {"max_running": max_running, "step_token_budget": budget, "prefill_chunk": chunk}
+    num_blocks = -(-largest // block_size) + more_blocks
+    world = World(num_blocks, block_size, step_s, prefix_caching=caching, **limits)
+    items = []
+    for prompt, new, kind, pause in sizes:
+        ids = [kind, *[0] * (prompt - 1)]
+        items.append((world.add(ids, new, deadline_s=NEVER if kind else 20.0), ids, new))
+        for _ in range(pause):
+            if world.pasts:
+                world.step()
+    total = sum(prompt + new for prompt, new, _, _ in sizes)
+    world.run(max_steps=20 * total)
+    assert all(item.tokens == answer(ids, new) for item, ids, new in items)
+    assert world.scheduler.num_running == world.scheduler.num_waiting == world.pool.num_used == 0
+    assert caching or world.pool.num_cached == 0
+
+
+def test_ten_thousand_lives_leave_no_block_behind() -> None:
+    dice = random.Random(5)
+    world = World(60, 4, 0.01, max_running=8, step_token_budget=64, prefill_chunk=48)
+    lives = cancelled = failed = 0
+    systems = [[dice.randrange(7) for _ in range(dice.randrange(4, 30))] for _ in range(6)]
+    while lives < 10_000:
+        while len(world.pasts) < dice.randrange(2, 14) and lives < 10_000:
+            prompt = [*dice.choice(systems), *(dice.randrange(7) for _ in range(dice.randrange(1, 12)))]
+            world.add(prompt, dice.choice([1, 1, 1, 1, 5, 150]), dice.choice([NEVER, 5.0]))
+            lives += 1
+        if dice.random() < 0.1:
+            world.remove(dice.choice(list(world.pasts)))
+            cancelled += 1
+        if world.pasts:
+            fails = dice.random() < 0.01
+            failed += len(world.step(fails)) * fails
+            world.ends = {item: end for item, end in world.ends.items() if item in world.pasts}
+    world.run(max_steps=2000)
+    pool = world.pool
+    assert pool.num_used == 0
+    assert pool.num_cached + pool.num_free == pool.num_blocks
+    assert min(cancelled, failed, world.scheduler.preemptions, pool.hit_tokens, pool.evicted) > 100
+
+
+def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
+    world = World(step_token_budget=64, prefill_chunk=32)
+    long = world.add(numbered(4000), 4)
+    world.step()
+    shorts = [world.add(numbered(12, 10_000 * i), 2) for i in (1, 2, 3)]
+    world.step()
+    assert all(world.first[short] == 2 for short in shorts)
+    stream = world.add(numbered(4, 50_000), 1000)
+    for number in range(20):
+        world.step()
+        short = world.add(numbered(24, 100_000 + 100 * number), 1)
+        world.step()
+        assert world.first[short] == world.steps, "three quarters of the chunk beside a stream"
+    assert long.num_generated == 0
+    assert stream.num_generated == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 3000), st.integers(1, 200), st.integers(8, 64), st.booleans())
+def test_the_wait_for_a_first_token_depends_on_ones_own_length(
+    longs: int, before: int, short: int, chunk: int, streams: bool
+) -> None:
+    world = World(step_s=0.02, step_token_budget=64, prefill_chunk=chunk)
+    if streams:
+        world.add(numbered(1, 9_000_000), 10_000)
+    for number in range(longs):
+        world.add(numbered(4000, 10_000 * (number + 1)), 1)
+    for _ in range(before // 64):
+        world.step()
+    item = world.add(numbered(short, 8_000_000), 1)
+    budget = chunk if streams else 64
+    for _ in range(short // (budget - -(-budget // FAIR_PART)) + 2):
+        world.step()
+    assert item in world.first
+
+
+@pytest.mark.parametrize("places", [64, 3, 1])
+def test_a_long_prompt_is_not_starved_by_short_ones(places: int) -> None:
+    world = World(step_token_budget=32, prefill_chunk=16, max_running=places)
+    for number in range(50):
+        world.add(numbered(16, 1000 * number), 2)
+    long = world.add(numbered(800, 1_000_000), 1)
+    second = world.add(numbered(400, 2_000_000), 1)
+    number = 50
+    while second not in world.first or long not in world.first:
+        for _ in range(2):  # more than the steps can take
+            number += 1
+            world.add(numbered(16, 1000 * number), 2)
+        world.step()
+        assert world.steps < 50 * 4 + 800 // (16 // FAIR_PART) + 400 // (16 // FAIR_PART) + 100
+    assert world.scheduler.num_waiting > 20
+
+
+def test_who_waits_longest_gets_a_quarter_of_each_steps_prefill() -> None:
+    world = World(step_token_budget=32, prefill_chunk=10)
+    world.add([1], 1000)
+    world.step()
+    long = world.add(numbered(2000, 10_000), 1)
+    got = []
+    for number in range(100):
+        world.add(numbered(30, 100_000 + 1000 * number), 1)
+        shares = world.step()
+        got.append(sum(len(share.ids) for share in shares if share.sequence is long))
+        assert sum(len(share.ids) for share in shares) == 11, "nothing is left over"
+    assert set(got[1:]) == {2, 3}
+    assert sum(got[1:]) in (247, 248)
+
+
+def test_a_near_deadline_comes_first() -> None:
+    world = World(max_running=1, step_token_budget=64)
+    first = world.add(numbered(40), 2)
+    world.step()
+    usual, urgent = world.add(numbered(40, 1000), 1), world.add(numbered(40, 2000), 1, deadline_s=2.0)
+    far = world.add(numbered(39, 3000), 1, deadline_s=500.0)
+    world.run(100)
+    assert sorted((first, usual, urgent, far), key=world.first.__getitem__) == [first, urgent, far, usual]
+
+
+def test_a_deadline_that_has_come_near_while_waiting_comes_first() -> None:
+    world = World(step_s=1.0, max_running=1)
+    first = world.add([1], 14)
+    world.step()
+    usual, urgent = world.add(numbered(40, 1000), 1), world.add(numbered(40, 2000), 1, deadline_s=16.0)
+    world.run(100)
+    assert sorted((first, usual, urgent), key=world.first.__getitem__) == [first, urgent, usual]
+
+
+def test_among_equals_who_came_first_goes_first() -> None:
+    world = World(step_s=0.0, max_running=1)
+    items = [world.add(numbered(9, 1000 * number), 1) for number in range(20)]
+    world.run(100)
+    assert sorted(items, key=world.first.__getitem__) == items
+
+
+def test_who_came_last_gives_its_blocks_back_and_is_computed_again() -> None:
+    world = World(40, 4, max_running=4, prefix_caching=0)
+    first, last = world.add(numbered(8), 120), world.add(numbered(8, 100), 120)
+    while not last.preemptions:
+        world.step()
+        assert world.steps < 200
+    generated = last.num_generated
+    assert generated > 0
+    assert (last.running, last.computed, last.table.blocks, first.preemptions) == (False, 0, [], 0)
+    late = world.add(numbered(1, 200), 1)
+    while first in world.pasts:
+        world.step()
+    assert late not in world.first, "who has begun comes before who has not"
+    world.run(200)
+    assert last.tokens == answer(numbered(8, 100), 120)
+    assert world.scheduler.preemptions == first.preemptions + last.preemptions == 1
+    assert world.pool.asked_tokens == 8 + 8 + 1, "each prompt counts once"
+
+
+def test_nobody_is_admitted_into_room_that_is_about_to_be_needed() -> None:
+    world = World(8, 4)
+    first, second = world.add(numbered(8), 20), world.add(numbered(8, 100), 20)
+    world.step()
+    assert (first.running, second.running, world.pool.num_free) == (True, False, 6)
+    world.run(100)
+    assert world.scheduler.preemptions == 0
+
+
+def test_a_near_deadline_is_not_what_is_preempted() -> None:
+    world = World(40, 4)
+    usual, urgent = world.add(numbered(8), 120), world.add(numbered(8, 100), 120, deadline_s=3.0)
+    world.run(500)
+    assert (usual.preemptions, urgent.preemptions) == (1, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=10), st.sampled_from([0.0, 0.05, 10.0]), st.booleans())
+def test_in_the_smallest_pool_everybody_ends(lengths: list[int], step_s: float, caching: bool) -> None:
+    world = World(21, 2, step_s, max_running=8, step_token_budget=16, prefix_caching=caching)
+    for number, new in enumerate(lengths):
+        world.add(numbered(42 - new, 1000 * number), new)
+    world.run(max_steps=100 * len(lengths))
+
+
+def test_a_prefix_is_shared_only_after_its_step_has_run() -> None:
+    world = World(100, 4)
+    first, twin = world.add(numbered(9), 3), world.add(numbered(9), 3)
+    world.step()
+    assert not set(first.table.blocks) & set(twin.table.blocks)
+    third = world.add(numbered(9), 3)
+    world.step(fails=True)
+    assert world.pool.hit_tokens == 8, "of the first step"
+    assert third not in world.pasts
+    world.add(numbered(30, 500), 3)
+    world.step(fails=True)
+    world.add(numbered(30, 500), 3)
+    world.step()
+    assert world.pool.hit_tokens == 8
+    world.add(numbered(30, 500), 3)
+    world.step()
+    assert world.pool.hit_tokens == 8 + 28
 
 
 def test_a_full_queue_refuses_at_once() -> None:
-    scheduler = Scheduler(1, 2, 8, 100)
-    for _ in range(2):
-        scheduler.add(sequence(4, 4))
-    with pytest.raises(Overloaded, match="2 requests wait"):
-        scheduler.add(sequence(4, 4))
+    world = World(max_running=1, max_waiting=2)
+    world.add([1], 4)
+    world.add([1], 4)
+    with pytest.raises(Overloaded, match=r"2 requests wait \(engine\.max_waiting\)"):
+        world.add([1], 4)
+    world.step()
+    world.add([1], 4)
 
 
 def test_a_removed_sequence_makes_room() -> None:
-    scheduler = Scheduler(1, 2, 8, 100)
-    first, second = sequence(4, 4), sequence(4, 4)
-    scheduler.add(first)
-    scheduler.add(second)
-    assert [s.sequence for s in scheduler.next_step()] == [first]
-    scheduler.remove(first)
-    assert [s.sequence for s in scheduler.next_step()] == [second]
-    scheduler.remove(second)
-    scheduler.remove(second)
-    assert scheduler.next_step() == []
+    world = World(2, 4, max_running=1)
+    first, second = world.add(numbered(4), 4), world.add(numbered(4, 100), 4)
+    assert [share.sequence for share in world.step()] == [first]
+    world.remove(first)
+    assert [share.sequence for share in world.step()] == [second]
+    world.scheduler.remove(first)
+    world.remove(second)
+    world.scheduler.remove(second)
+    assert world.scheduler.next_step() == []
+    assert world.pool.num_used == 0

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from cluster.errors import UnsupportedModel
-from cluster.model.packed import Chunk, PackedBatch, SequenceKv
+from cluster.model.kv import KvStore
+from cluster.model.packed import Chunk, PackedBatch
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.skeleton import build_skeleton
 from tests.conftest import MakeTiny
@@ -69,7 +70,7 @@ def test_attention_to_later_tokens_is_refused(arch: str, tiny: MakeTiny, tmp_pat
 
 
 def test_a_mask_that_shows_later_tokens_is_refused_whatever_the_config_says() -> None:
-    batch = PackedBatch([Chunk([1, 2, 3], SequenceKv(3))], torch.device("cpu"))
+    batch = PackedBatch([Chunk([1, 2, 3], 0, [0])], KvStore(1, 4), torch.device("cpu"))
     batch.mask(lambda _b, _h, query, key: key <= query, torch.float32)
     with pytest.raises(UnsupportedModel, match="later tokens"):
         batch.mask(lambda _b, _h, query, key: (key - query).abs() < 2, torch.float32)

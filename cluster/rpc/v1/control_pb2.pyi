@@ -213,6 +213,13 @@ class EngineStatus(_message.Message):
     KV_USED_BYTES_FIELD_NUMBER: _builtins.int
     KV_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
+    KV_CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_FREE_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the batch now, and requests waiting for a place."""
     waiting: _builtins.int
@@ -230,6 +237,17 @@ class EngineStatus(_message.Message):
     kv_limit_bytes: _builtins.int
     progress_age_s: _builtins.float
     """Seconds since the engine thread last made progress or was idle."""
+    kv_cached_bytes: _builtins.int
+    """Bytes of blocks that no request holds and that only a request with the same beginning may bring back."""
+    kv_blocks: _builtins.int
+    """Blocks of the key-value cache: all, held by requests, and free (cached ones are neither)."""
+    kv_blocks_used: _builtins.int
+    kv_blocks_free: _builtins.int
+    preemptions: _builtins.int
+    """Sequences that lost their place because blocks ran out, and began again later."""
+    prompt_tokens: _builtins.int
+    """Tokens of all prompts so far, and how many of them were found in the cache."""
+    prefix_hit_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -244,10 +262,17 @@ class EngineStatus(_message.Message):
         kv_used_bytes: _builtins.int = ...,
         kv_limit_bytes: _builtins.int = ...,
         progress_age_s: _builtins.float = ...,
+        kv_cached_bytes: _builtins.int = ...,
+        kv_blocks: _builtins.int = ...,
+        kv_blocks_used: _builtins.int = ...,
+        kv_blocks_free: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "failed", b"failed", "finished", b"finished", "kv_limit_bytes", b"kv_limit_bytes", "kv_used_bytes", b"kv_used_bytes", "max_batch", b"max_batch", "max_steps_after_cancel", b"max_steps_after_cancel", "progress_age_s", b"progress_age_s", "running", b"running", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "failed", b"failed", "finished", b"finished", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_used", b"kv_blocks_used", "kv_cached_bytes", b"kv_cached_bytes", "kv_limit_bytes", b"kv_limit_bytes", "kv_used_bytes", b"kv_used_bytes", "max_batch", b"max_batch", "max_steps_after_cancel", b"max_steps_after_cancel", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "progress_age_s", b"progress_age_s", "prompt_tokens", b"prompt_tokens", "running", b"running", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -294,6 +319,7 @@ class StatusReply(_message.Message):
     UPTIME_S_FIELD_NUMBER: _builtins.int
     LOOPS_FIELD_NUMBER: _builtins.int
     TRUNK_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERT_DTYPE_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"starting", "serving" or "draining"."""
     arch: _builtins.str
@@ -307,6 +333,8 @@ class StatusReply(_message.Message):
     """Seconds since the router was ready."""
     trunk_bytes: _builtins.int
     """Bytes of the trunk in the router's memory."""
+    expert_dtype: _builtins.str
+    """Dtype of expert weights where it is not the served one; answers are then not exact."""
     @_builtins.property
     def uncovered_experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Logical experts that no living group holds, as "layer/expert"."""
@@ -335,10 +363,11 @@ class StatusReply(_message.Message):
         uptime_s: _builtins.float = ...,
         loops: _abc.Iterable[Global___LoopStatus] | None = ...,
         trunk_bytes: _builtins.int = ...,
+        expert_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "router", b"router"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dtype", b"dtype", "engine", b"engine", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

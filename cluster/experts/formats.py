@@ -1,0 +1,272 @@
+"""How a layer's experts lie in memory, and how rows go through them.
+
+Dense formats keep the checkpoint's values: plain tensors, which all devices understand, and beside them oneDNN's
+blocked copies where the CPU's table says that these win. Quantised formats keep fewer bytes and other values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cluster.weights.kernels import PACKED, PLAIN, KernelTable, can_pack, can_split, pack, packed_linear, split_linear
+
+CALL_S = 50e-6
+"""What a product costs that is called from Python and not from inside a grouped one."""
+MAX_COST_ROWS, MAX_WIDE = 32, 8
+
+
+class LayerExperts(Protocol):
+    """The experts of one layer in one group, by slot (the order in which they were loaded)."""
+
+    num_bytes: int
+
+    def order(self, counts_S: Any) -> Any:
+        """Slots that have rows, in the order in which `run` wants them. ``counts_S``: rows of each slot."""
+        ...
+
+    def costs(self, counts: Any) -> Any:
+        """Estimates of what experts with so many rows cost, in the same unit, for splitting work."""
+        ...
+
+    def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """[P, H]: the first ``counts[0]`` rows through expert ``slots[0]``, and so on."""
+        ...
+
+    def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
+        """The same one expert after the other, each with all threads of the caller; None where that is no gain."""
+        ...
+
+
+class DenseExperts:
+    """Weights as in the checkpoint, in the served dtype.
+
+    ``tensors`` are the parameters of transformers' experts module for these experts, first dimension S. Experts with
+    few rows go through grouped products of the plain weights, those with more through packed copies, if there are any.
+    """
+
+    def __init__(self, module: Any, tensors: dict[str, torch.Tensor], table: KernelTable | None, packed: bool) -> None:
+        self._module = module
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        self._up, self._down = tensors[up], tensors["down_proj"]
+        self._up_bias, self._down_bias = tensors.get(f"{up}_bias"), tensors.get("down_proj_bias")
+        # The last number of rows for which the plain weights are best; everything where nothing is packed.
+        self._few = 1 << 30
+        self._packed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.num_bytes = sum(t.nbytes for t in (self._up, self._down, self._up_bias, self._down_bias) if t is not None)
+        self._grouped = self._can_group()
+        held = len(self._up) > 0 and not module.is_transposed
+        self._wide = held and can_split(self._up[0]) and can_split(self._down[0])
+        self._costs = np.arange(1.0, MAX_COST_ROWS + 2.0)
+        if packed and table is not None and len(self._up) and can_pack(self._up[0]):
+            self._few = table.plain_up_to(CALL_S)
+            self._packed = [(pack(self._plain(up)), pack(self._plain(down))) for up, down in self._pairs()]
+            self.num_bytes += self._up.nbytes + self._down.nbytes
+        if table is not None:
+            self._costs = np.array([self._seconds(table, rows) for rows in range(MAX_COST_ROWS + 1)])
+
+    def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(self._up, self._down, strict=True))
+
+    def _plain(self, weight: torch.Tensor) -> torch.Tensor:
+        """[outputs, inputs], however the checkpoint lays it out."""
+        return weight.t() if self._module.is_transposed else weight
+
+    def _can_group(self) -> bool:
+        """Grouped products want certain dtypes and alignments; asking is the only way to know."""
+        if not len(self._up):
+            return False
+        try:
+            row = torch.zeros((1, self._up.shape[1 if self._module.is_transposed else 2]))
+            self._product(row.to(self._up), self._up, [1] + [0] * (len(self._up) - 1))
+        except (RuntimeError, TypeError):
+            return False
+        return True
+
+    def _product(self, x_PK: torch.Tensor, weight: torch.Tensor, counts_S: Any) -> torch.Tensor:
+        offsets = torch.from_numpy(np.cumsum(counts_S, dtype=np.int32)).to(weight.device)
+        return F.grouped_mm(x_PK, weight if self._module.is_transposed else weight.transpose(1, 2), offs=offsets)
+
+    def order(self, counts_S: Any) -> Any:
+        """See `LayerExperts`: those with few rows first."""
+        slots = np.flatnonzero(counts_S)
+        many = counts_S[slots] > self._few
+        return np.concatenate((slots[~many], slots[many])) if many.any() else slots
+
+    def _seconds(self, table: KernelTable, rows: int) -> float:
+        known = table.seconds
+        at = max((r for r in known if r <= rows), default=min(known))
+        kind = PACKED if rows > self._few else PLAIN
+        return known[at][kind] * max(1.0, rows / at)
+
+    def costs(self, counts: Any) -> Any:
+        """See `LayerExperts`."""
+        return self._costs[np.minimum(counts, MAX_COST_ROWS)] * np.maximum(1.0, counts / MAX_COST_ROWS)
+
+    def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """See `LayerExperts`."""
+        few = sum(count <= self._few for count in counts)
+        split = sum(counts[:few])
+        parts = []
+        if few:
+            route = self._run_grouped if self._grouped else self._run_each
+            parts.append(route(rows_PH[:split], slots[:few], counts[:few]))
+        if few < len(slots):
+            parts.append(self._run_packed(rows_PH[split:], slots[few:], counts[few:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
+        """See `LayerExperts`: for a handful of single rows, where handing work to another thread costs as much as it
+        gains."""
+        if not self._wide or len(slots) > MAX_WIDE or max(counts) > 1:
+            return None
+
+        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
+            product = split_linear(x, self._up[slot])
+            return product if self._up_bias is None else product + self._up_bias[slot]
+
+        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
+            product = split_linear(x, self._down[slot])
+            return product if self._down_bias is None else product + self._down_bias[slot]
+
+        return _each(self._module, rows_PH, slots, counts, up, down)
+
+    def _run_grouped(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        first, last = slots[0], slots[-1] + 1  # ascending
+        counts_S = np.zeros(last - first, np.int32)
+        counts_S[np.asarray(slots) - first] = counts
+        slot_P = None
+        if self._up_bias is not None or self._down_bias is not None:
+            slot_P = torch.from_numpy(np.repeat(slots, counts)).to(x_PH.device)
+        hidden = self._product(x_PH, self._up[first:last], counts_S)
+        if self._up_bias is not None:
+            hidden = hidden + self._up_bias[slot_P]
+        output = self._product(_gated(self._module, hidden), self._down[first:last], counts_S)
+        return output if self._down_bias is None else output + self._down_bias[slot_P]
+
+    def _run_each(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
+            return F.linear(x, self._plain(self._up[slot]), _row(self._up_bias, slot))
+
+        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
+            return F.linear(x, self._plain(self._down[slot]), _row(self._down_bias, slot))
+
+        return _each(self._module, x_PH, slots, counts, up, down)
+
+    def _run_packed(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
+            return packed_linear(x, self._packed[slot][0], _row(self._up_bias, slot))
+
+        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
+            return packed_linear(x, self._packed[slot][1], _row(self._down_bias, slot))
+
+        return _each(self._module, x_PH, slots, counts, up, down)
+
+
+class QuantisedExperts:
+    """Weights of fewer bits in FBGEMM's layouts, on the CPU; everything else stays fp32.
+
+    int8: weights rounded to 8 bits with one fp32 scale an output channel (the largest magnitude becomes 127). The
+    kernel rounds the activations of a call too, to 7 bits of their range, so that sums in 16 bits cannot overflow.
+    bf16: weights rounded to bf16 and held as fp16, which keeps their digits; for the range see `fits_half`.
+    """
+
+    def __init__(self, module: Any, tensors: dict[str, torch.Tensor], kind: str) -> None:
+        self._module, self._kind = module, kind
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        ups, downs = tensors[up], tensors["down_proj"]
+        self._up_bias, self._down_bias = tensors.get(f"{up}_bias"), tensors.get("down_proj_bias")
+        make = _int8 if kind == "int8" else _half
+        self._weights = [
+            (make(self._plain(first)), make(self._plain(second))) for first, second in zip(ups, downs, strict=True)
+        ]
+        per_weight = 1 if kind == "int8" else 2
+        self.num_bytes = per_weight * (ups.numel() + downs.numel())
+        if kind == "int8":  # scale, zero point and column sum of each output
+            outputs = [self._plain(weight).shape[0] for weight in (ups[:1].squeeze(0), downs[:1].squeeze(0))]
+            self.num_bytes += 12 * len(ups) * sum(outputs) if len(ups) else 0
+        self.num_bytes += sum(t.nbytes for t in (self._up_bias, self._down_bias) if t is not None)
+
+    def _plain(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t().contiguous() if self._module.is_transposed else weight
+
+    def order(self, counts_S: Any) -> Any:
+        """See `LayerExperts`."""
+        return np.flatnonzero(counts_S)
+
+    def costs(self, counts: Any) -> Any:
+        """See `LayerExperts`."""
+        return counts + 3.0
+
+    def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """See `LayerExperts`."""
+
+        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
+            return self._linear(x, self._weights[slot][0], _row(self._up_bias, slot))
+
+        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
+            return self._linear(x, self._weights[slot][1], _row(self._down_bias, slot))
+
+        return _each(self._module, rows_PH, slots, counts, up, down)
+
+    def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
+        """See `LayerExperts`: nothing is known to gain."""
+        return None
+
+    def _linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        x = x.contiguous()
+        if self._kind == "int8":
+            product: torch.Tensor = torch.ops.quantized.linear_dynamic(x, weight, True)
+        else:
+            product = torch.ops.quantized.linear_dynamic_fp16(x, weight)
+        return product if bias is None else product.add_(bias)
+
+
+def fits_half(tensors: dict[str, torch.Tensor]) -> bool:
+    """Every weight is within the range of fp16."""
+    return all(float(t.abs().max()) < torch.finfo(torch.float16).max for t in tensors.values() if t.numel())
+
+
+def _int8(weight_NK: torch.Tensor) -> Any:
+    weight_NK = weight_NK.float()
+    scale_N = (weight_NK.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (weight_NK / scale_N[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    zeros = torch.zeros(len(scale_N), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to move these tensors elsewhere some day
+        whole = torch._make_per_channel_quantized_tensor(rounded, scale_N.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(whole, None)
+
+
+def _half(weight_NK: torch.Tensor) -> Any:
+    return torch.ops.quantized.linear_prepack_fp16(weight_NK.bfloat16().float(), None)
+
+
+def _each(
+    module: Any,
+    x_PH: torch.Tensor,
+    slots: Sequence[int],
+    counts: Sequence[int],
+    up: Callable[[torch.Tensor, int], torch.Tensor],
+    down: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """One product an expert; the activation once for all."""
+    counts = list(counts)
+    hidden = [up(x, slot) for x, slot in zip(x_PH.split(counts), slots, strict=True)]
+    gated = _gated(module, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+    outputs = [down(x, slot) for x, slot in zip(gated.split(counts), slots, strict=True)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _gated(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    return result
+
+
+def _row(bias: torch.Tensor | None, slot: int) -> torch.Tensor | None:
+    return None if bias is None else bias[slot]
