@@ -50,6 +50,9 @@ class EngineConfig:
     """Bytes of key-value cache at most; admission waits for room, and when it runs out the last to come starts over."""
     block_size: int = 16
     """Tokens of one block of the key-value cache."""
+    admission_headroom: int = 16
+    """Nobody is admitted into blocks that running sequences will need before each has grown by so many tokens: more
+    costs places in the batch, less costs preemptions."""
     prefix_caching: bool = True
     """Keeps the blocks of requests that have ended, as long as there is room, for requests that begin alike."""
     default_max_new_tokens: int = 128
@@ -126,6 +129,7 @@ class Config:
         positive = ("max_running", "max_waiting", "step_token_budget", "prefill_chunk", "kv_cache_bytes", "block_size")
         for name in (*positive, "default_max_new_tokens"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
+        _at_least("engine.admission_headroom", self.engine.admission_headroom, 0)
         _at_least("engine.max_deadline_s", self.engine.max_deadline_s, 0.001)
         _at_least("data_plane.call_timeout_s", self.data_plane.call_timeout_s, 0.001)
         _at_least("data_plane.group_wait_s", self.data_plane.group_wait_s, 0)

@@ -157,11 +157,12 @@ def _own_server(settings: Config, load: MakeLoad, progress: ProgressReport, stop
 
     from cluster import app as composition
     from cluster.bench.serve import grpc_target
+    from cluster.plan import make_plan
     from cluster.weights.checkpoint import Checkpoint
     from cluster.weights.skeleton import build_skeleton
 
     settings = dataclasses.replace(settings, listen="127.0.0.1:0", front_door="router")
-    plan = composition.make_plan(settings)
+    plan = make_plan(settings)
     load(ANY_TOKENS, build_skeleton(Checkpoint(plan.config.model), torch.float32).context_length)
     with composition.RaySession(plan.config, progress):
         stop.arm()  # Ray has put its own handlers in place

@@ -19,13 +19,14 @@ def demo(
     """Serve the embedded model over two expert groups, stream one answer, show where its time went, stop everything."""
     from cluster import app as composition
     from cluster.bench.demo import show_stages, stream_answer
+    from cluster.plan import make_plan
 
     out = None if as_json else sys.stdout  # a Ray session puts another stream in place of it
     settings = load_config(flags={"listen": "127.0.0.1:0", "groups": 2})
     with stopping() as stop:
         with reporting() as progress:
             progress("checking the embedded model")
-            plan = composition.make_plan(settings)
+            plan = make_plan(settings)
             with composition.RaySession(settings, progress):
                 stop.arm()
                 deployment = composition.deploy(plan, progress)

@@ -49,11 +49,12 @@ def serve(
     from cluster import app as composition
     from cluster.api import instances
     from cluster.api.ports import check_port
+    from cluster.plan import make_plan
 
     check_port(settings.listen)
     with stopping() as stop, reporting() as progress:
         progress(f"checking {settings.model}")
-        plan = composition.make_plan(settings)
+        plan = make_plan(settings)
         with composition.RaySession(settings, progress):
             stop.arm()  # Ray has put its own handlers in place
             deployment = composition.deploy(plan, progress)

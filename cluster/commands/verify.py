@@ -49,6 +49,7 @@ def verify(
     from cluster import app as composition
     from cluster.bench import verify as checks
     from cluster.bench.reference import Reference
+    from cluster.plan import make_plan
 
     load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed, shared_prefix)
     listen = "127.0.0.1:0" if front_door == "router" else DEFAULT_SERVER
@@ -59,10 +60,10 @@ def verify(
         return load_config(config, flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds}})
 
     models = model or [str(EMBEDDED_MODEL)]
-    plans = [composition.make_plan(settings(path, count, transport)) for path in models for count in (groups or [2])]
+    plans = [make_plan(settings(path, count, transport)) for path in models for count in (groups or [2])]
     reference_path = Path(reference) if reference else None
     if reference_path is not None:
-        composition.make_plan(settings(str(reference_path), 0, "inproc"))  # refuses what is no checkpoint
+        make_plan(settings(str(reference_path), 0, "inproc"))  # refuses what is no checkpoint
     runs: list[dict[str, Any]] = []
     with stopping() as stop, reporting() as progress, composition.RaySession(plans[0].config, progress):
         stop.arm()

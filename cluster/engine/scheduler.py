@@ -33,9 +33,6 @@ _SETTLE_S = 1.0
 """Waiting counts from here: twice as long a prompt may be overtaken for one more second of it, and so on."""
 _URGENT_S = 10.0
 """A deadline nearer than this makes a sequence more urgent, down to first of all."""
-_HEADROOM_TOKENS = 64
-"""Nobody is admitted into room that running sequences will need before they have grown by so much: more would cost
-places, less would cost preemptions."""
 _GROWTH_TOKENS = 1024
 """Room to grow in that a new run of blocks looks for: few answers are longer, and more would cost cached prefixes."""
 
@@ -279,7 +276,7 @@ class Scheduler:
         """Blocks that running sequences are about to need; none when nobody runs, so that somebody always can."""
         size, blocks = self._pool.block_size, 0
         for sequence in self._running:
-            ahead = min(sequence.max_tokens, len(sequence.tokens) + _HEADROOM_TOKENS)
+            ahead = min(sequence.max_tokens, len(sequence.tokens) + self._config.admission_headroom)
             blocks += max(0, -(-ahead // size) - len(sequence.table.blocks))
         return blocks
 

@@ -1,0 +1,77 @@
+"""What a deployment will be, checked before anything is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.config import Config
+from cluster.errors import ConfigError
+from cluster.placement.planner import Holdings, plan_blocks
+from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.dtypes import resolve_dtype
+from cluster.weights.footprint import Footprint, available_bytes, footprints
+from cluster.weights.mapping import WeightMap
+from cluster.weights.skeleton import build_skeleton
+
+PACKED_SHARE = 0.6
+"""Of the memory that is available: experts get a second layout only where everything fits into that much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Configuration, which group holds what, and bytes of every process."""
+
+    config: Config
+    experts_per_layer: tuple[int, ...]
+    holdings: tuple[Holdings, ...]
+    processes: tuple[Footprint, ...]
+
+    @property
+    def one_process(self) -> bool:
+        """The groups live in the router's process."""
+        return self.config.groups == 0 or "inproc" in self.config.transports()
+
+
+def make_plan(config: Config) -> Plan:
+    """Opens the checkpoint, refuses what cannot be served, places experts and adds up bytes. Loads no weights.
+
+    Raises:
+        CheckpointError, UnsupportedModel, ConfigError: with the reason in one line.
+    """
+    # Ray's workers have another working directory than the command that was given a relative path.
+    config = dataclasses.replace(config, model=str(Path(config.model).resolve()))
+    if not config.data_plane.secret:
+        data_plane = dataclasses.replace(config.data_plane, secret=secrets.token_hex(16))
+        config = dataclasses.replace(config, data_plane=data_plane)
+    if config.device == "cuda" and not torch.cuda.is_available() and not config.address:
+        raise ConfigError("device: got 'cuda'; torch finds no GPU on this machine")
+    checkpoint = Checkpoint(config.model)
+    dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
+    weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))
+    experts_per_layer = tuple(layer.num_experts for layer in weights.skeleton.moe_layers)
+    holdings = tuple(plan_blocks(experts_per_layer, max(1, config.groups)))
+    return _with_sizes(Plan(config, experts_per_layer, holdings, ()), weights, dtype)
+
+
+def _with_sizes(plan: Plan, weights: WeightMap, dtype: torch.dtype) -> Plan:
+    """The plan with bytes of its processes, and with ``packed_experts`` decided."""
+    config = plan.config
+    on_cpu = config.device != "cuda" and not torch.cuda.is_available() and dtype is torch.float32
+    bits = {"int8": 8, "bf16": 16}.get(config.expert_dtype, 8 * dtype.itemsize)
+    dense = on_cpu and bits == 8 * dtype.itemsize
+
+    def sizes(copies: int) -> list[Footprint]:
+        cache = config.engine.kv_cache_bytes
+        return footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, 2 if on_cpu else 1)
+
+    packed = config.packed_experts
+    if packed == "auto":
+        fits = sum(process.total for process in sizes(2)) <= PACKED_SHARE * available_bytes()
+        packed = "on" if dense and fits else "off"
+        plan = dataclasses.replace(plan, config=dataclasses.replace(config, packed_experts=packed))
+    return dataclasses.replace(plan, processes=tuple(sizes(2 if dense and packed == "on" else 1)))

