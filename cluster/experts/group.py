@@ -16,7 +16,7 @@ from cluster.experts.identity import Identity
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
 from cluster.placement.planner import Holdings
-from cluster.telemetry.memory import process_facts
+from cluster.telemetry.memory import give_back_memory, process_facts
 from cluster.transport.base import LayerRows
 from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
@@ -62,6 +62,7 @@ class ExpertGroup:
             self.host = InlineHost(self.bank.compute)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
         self._warm_up(hidden_size, dtype)
+        give_back_memory()
         self._started_s = time.monotonic()
         identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
         self.shm_server: ShmServer | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from dataclasses import dataclass
@@ -32,3 +33,10 @@ def process_facts() -> ProcessFacts:
     except OSError:
         pass
     return ProcessFacts(os.getpid(), socket.gethostname(), rss, anonymous)
+
+
+def give_back_memory() -> None:
+    """Returns to the system what the allocator keeps of memory that is free again, such as what loading took."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have nothing like it
+    if trim is not None:
+        trim(0)
