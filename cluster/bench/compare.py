@@ -186,7 +186,7 @@ def _one_batch(
             mine.tokens.extend(all_["tokens"])
             if "stages_s" in all_:
                 for stages, into in ((_DISPATCH, mine.dispatch_ms), (_EXPERTS, mine.experts_ms)):
-                    spent_s = sum(all_["stages_s"].get(s, 0.0) - one["stages_s"].get(s, 0.0) for s in stages)
+                    spent_s = sum(all_["stages_s"].get(stage, 0.0) for stage in stages)
                     into.append(1e3 * spent_s / (load.new - 1))
     return asked
 

@@ -23,7 +23,7 @@ import torch
 from cluster.api.router import Router
 from cluster.config import COMPUTE_ENVIRONMENT, Config, load_config
 from cluster.core import Deadline, GroupInfo, Membership, Request, SamplingParams, StopParams
-from cluster.engine.engine import TokenEvent
+from cluster.engine.engine import Engine, TokenEvent
 from cluster.errors import InternalError
 from cluster.experts.group import ExpertGroup
 from cluster.placement.planner import plan_blocks, table_from_groups
@@ -126,14 +126,14 @@ class Generator:
         self._count = 0
 
     def __call__(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        """``seconds`` until the last token of all; ``tokens``; for the prompt that began last, whose steps after its
-        first token every other one shares: ``gaps_s`` between its tokens, and ``stages_s`` with its first token in."""
+        """``seconds`` until the last token of all; ``tokens``; and from the first token of the prompt that began last,
+        from when on every step only decodes, to its last: ``gaps_s`` between tokens, and ``stages_s`` of the steps."""
         started_s = time.perf_counter()
         deadline = Deadline.after(GENERATE_TIMEOUT_S)
         streams = []
         for prompt in prompts:
             self._count += 1
-            stream = _Stream()
+            stream = _Stream(self._engine)
             request = Request(f"bench-{self._count}", tuple(prompt), SamplingParams(), StopParams(new), deadline)
             self._engine.submit(request, stream.hear)
             streams.append(stream)
@@ -151,10 +151,12 @@ class Generator:
 class _Stream:
     """Tokens of one prompt and when they came."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.tokens: list[int] = []
         self.times_s: list[float] = []
         self.stages_s: dict[str, float] = {}
+        self._before_s: dict[str, float] = {}
         self._error: Exception | None = None
         self._ended = threading.Event()
 
@@ -162,10 +164,12 @@ class _Stream:
         if event.token is not None:
             self.tokens.append(event.token.token)
             self.times_s.append(time.perf_counter())
+            self._before_s = self._before_s or self._engine.spent()
         if event.last:
             self._error = event.error
-            if event.ledger is not None:
-                self.stages_s = dict(event.ledger.items())
+            self.stages_s = {
+                name: spent - self._before_s.get(name, 0.0) for name, spent in self._engine.spent().items()
+            }
             self._ended.set()
 
     def wait(self, timeout_s: float) -> None:

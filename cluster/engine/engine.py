@@ -136,6 +136,7 @@ class Engine:
         self._outbox: list[tuple[Listener, TokenEvent]] = []  # the engine thread's own
         self._closed = False
         self._stats = EngineStats()
+        self._spent = Ledger()
         self._progress_s = clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -177,6 +178,11 @@ class Engine:
                 live.cancelled_at_step = self._stats.steps
                 self._cancelled.add(request_id)
                 self._lock.notify()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by stage of all steps so far, each step once."""
+        with self._lock:
+            return dict(self._spent.items())
 
     def stats(self) -> EngineStats:
         """A copy of the counters. The lock is held for a few reads only."""
@@ -294,6 +300,7 @@ class Engine:
             return
         with self._lock:
             self._scheduler.ran(shares)
+            self._spent.absorb(step.ledger)
             for live, token, event in zip(lives, chosen, events, strict=True):
                 live.ledger.absorb(step.ledger)
                 live.idle_s = ended_s

@@ -107,29 +107,27 @@ class BatchMask:
         self.token = torch.zeros((1, 1, 1, 1), dtype=dtype, device=batch.device)
         self._batch, self._function, self._dtype = batch, function, dtype
         self._zero = torch.zeros((), dtype=torch.int64, device=batch.device)
-        self._allowed: dict[tuple[int, int], torch.Tensor | None] = {}
-        self._additive: dict[tuple[int, int], torch.Tensor] = {}
+        self._allowed: dict[int, torch.Tensor | None] = {}
+        self._additive: dict[int, torch.Tensor] = {}
         self._open: list[bool] | None = None
 
     def allowed(self, number: int) -> torch.Tensor | None:
         """Bool [t, S] of sequence ``number``; None where every token sees the whole history (one that decodes)."""
-        key = (number, number)
-        if key not in self._allowed:
+        if number not in self._allowed:
             span = self._batch.spans[number]
-            self._allowed[key] = None if span.num_rows == 1 and self._sees_all(number) else self._evaluate(span)
-        return self._allowed[key]
+            self._allowed[number] = None if span.num_rows == 1 and self._sees_all(number) else self._evaluate(span)
+        return self._allowed[number]
 
     def additive(self, number: int) -> torch.Tensor:
         """[1, 1, t, S] for the model's own attention: 0, or the lowest value of the dtype."""
-        key = (number, number)
-        if key not in self._additive:
+        if number not in self._additive:
             allowed = self.allowed(number)
             span = self._batch.spans[number]
             mask = torch.zeros((span.num_rows, span.total), dtype=self._dtype, device=self._batch.device)
             if allowed is not None:
                 mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
-            self._additive[key] = mask[None, None]
-        return self._additive[key]
+            self._additive[number] = mask[None, None]
+        return self._additive[number]
 
     def _evaluate(self, span: Span) -> torch.Tensor:
         device = self._batch.device

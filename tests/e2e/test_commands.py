@@ -95,7 +95,10 @@ def test_verify_passes_on_a_joined_cluster_and_each_process_has_its_own_gpu(ray_
     assert all(len(set(r["visible_devices"])) == r["groups"] + 1 for r in result["runs"])
 
 
-@pytest.mark.parametrize("kind", ["wrong", "zeroed", "swapped"])
+@pytest.mark.parametrize(
+    "kind",  # what `compare` says of each is an integration test
+    ["wrong", pytest.param("zeroed", marks=pytest.mark.full), pytest.param("swapped", marks=pytest.mark.full)],
+)
 def test_verify_exits_1_on_a_planted_error(kind: str, ray_address: str, tiny: MakeTiny, tmp_path: Path) -> None:
     served = plant(tiny("qwen3_moe"), tmp_path / "served", kind)
     flags = ["--groups", "0", "--prompts", "4", "--tokens", "16", "--in-flight", "2", "--address", ray_address]

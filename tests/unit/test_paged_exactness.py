@@ -16,8 +16,10 @@ from tests.systems import in_process_router
 NEW = 14
 
 
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "without"])
-@pytest.mark.parametrize("arch", architectures())
+CASES = [(arch, True) for arch in architectures()] + [(arch, False) for arch in ("deepseek_v3", "gpt_oss")]
+
+
+@pytest.mark.parametrize(("arch", "caching"), CASES)
 def test_a_cache_too_small_for_all_and_shared_prefixes_give_the_oracles_tokens(
     arch: str, caching: bool, tiny: MakeTiny
 ) -> None:
