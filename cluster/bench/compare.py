@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.children import end
 from cluster.bench.peers.environments import Peer
 from cluster.config import COMPUTE_ENVIRONMENT
 from cluster.errors import InternalError, InvalidArgument
@@ -108,12 +109,7 @@ def engine_process(name: str, command: list[str], environment: dict[str, str], l
         sys.stderr.write(f"--- {name}: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-15:]) + "\n")
         raise
     finally:
-        process.stdin.close()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        end(process)
 
 
 def own_command(settings: dict[str, Any]) -> list[str]:

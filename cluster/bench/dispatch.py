@@ -25,6 +25,7 @@ import grpc
 import numpy as np
 import torch
 
+from cluster.bench.children import end
 from cluster.bench.echo import FLOOR_METHOD, IDENTITY, receive_exactly
 from cluster.core import Deadline, LayerCall
 from cluster.errors import InternalError, InvalidArgument
@@ -87,12 +88,7 @@ def echo_process(role: str, core: int) -> Iterator[dict[str, str]]:
         addresses: dict[str, str] = json.loads(line)
         yield addresses
     finally:
-        process.stdin.close()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        end(process)
         process.stdout.close()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cluster.api.router import Router
+from cluster.bench.children import end
 from cluster.config import COMPUTE_ENVIRONMENT, Config, load_config
 from cluster.core import Deadline, GroupInfo, Membership, Request, SamplingParams, StopParams
 from cluster.engine.engine import Engine, TokenEvent
@@ -87,12 +88,7 @@ def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str
     try:
         yield process
     finally:
-        process.stdin.close()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        end(process)
 
 
 def _read_info(process: subprocess.Popen[str]) -> GroupInfo:
