@@ -115,8 +115,7 @@ class ExpertBank:
         partial_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=self.device)
         if not experts_P.size:
             return partial_TH
-        self._check(bank, layer, rows_P, experts_P, hidden_TH.shape[0])
-        slot_P = bank.slot_of_E[experts_P]
+        slot_P = self._slots(bank, layer, rows_P, experts_P, hidden_TH.shape[0])
         counts_S = np.bincount(slot_P, minlength=bank.num_slots)
         slots = bank.experts.order(counts_S)
         rank_S = np.zeros(bank.num_slots, np.int64)
@@ -128,7 +127,8 @@ class ExpertBank:
         output_PH = self._run(bank.experts, sorted_PH, slots, counts_S[slots])
         return partial_TH.index_add_(0, index_P, output_PH.float() * gate_P[:, None])
 
-    def _check(self, bank: _LayerBank, layer: int, rows_P: Any, experts_P: Any, num_tokens: int) -> None:
+    def _slots(self, bank: _LayerBank, layer: int, rows_P: Any, experts_P: Any, num_tokens: int) -> Any:
+        """The slot of each pair, after everything has been checked."""
         num_experts = len(bank.slot_of_E)
         if int(experts_P.min()) < 0 or int(experts_P.max()) >= num_experts:
             raise InvalidArgument("pair_expert", int(experts_P.max()), f"must be from 0 to {num_experts - 1}")
@@ -137,6 +137,7 @@ class ExpertBank:
         slot_P = bank.slot_of_E[experts_P]
         if int(slot_P.min()) < 0:
             raise MissingExperts(self.group, layer, sorted(set(experts_P[slot_P < 0].tolist())))
+        return slot_P
 
     def _run(self, experts: LayerExperts, x_PH: torch.Tensor, slots_A: Any, counts_A: Any) -> torch.Tensor:
         """Through the experts, by as many threads as there are, each with about the same work."""

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from cluster.weights.kernels import PACKED, PLAIN, KernelTable, can_pack, can_split, pack, packed_linear, split_linear
 
+Product = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""(rows, 0 for the up-projection or 1 for the down-projection, slot) -> rows, without bias."""
 CALL_S = 50e-6
 """What a product costs that is called from Python and not from inside a grouped one."""
 MAX_COST_ROWS, MAX_WIDE = 32, 8
@@ -126,15 +128,8 @@ class DenseExperts:
         if not self._wide or len(slots) > MAX_WIDE or max(counts) > 1:
             return None
 
-        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
-            product = split_linear(x, self._up[slot])
-            return product if self._up_bias is None else product + self._up_bias[slot]
-
-        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
-            product = split_linear(x, self._down[slot])
-            return product if self._down_bias is None else product + self._down_bias[slot]
-
-        return _each(self._module, rows_PH, slots, counts, up, down)
+        weights = (self._up, self._down)
+        return self._each(rows_PH, slots, counts, lambda x, part, slot: split_linear(x, weights[part][slot]))
 
     def _run_grouped(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         first, last = slots[0], slots[-1] + 1  # ascending
@@ -150,22 +145,14 @@ class DenseExperts:
         return output if self._down_bias is None else output + self._down_bias[slot_P]
 
     def _run_each(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
-            return F.linear(x, self._plain(self._up[slot]), _row(self._up_bias, slot))
-
-        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
-            return F.linear(x, self._plain(self._down[slot]), _row(self._down_bias, slot))
-
-        return _each(self._module, x_PH, slots, counts, up, down)
+        weights = (self._up, self._down)
+        return self._each(x_PH, slots, counts, lambda x, part, slot: F.linear(x, self._plain(weights[part][slot])))
 
     def _run_packed(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
-            return packed_linear(x, self._packed[slot][0], _row(self._up_bias, slot))
+        return self._each(x_PH, slots, counts, lambda x, part, slot: packed_linear(x, self._packed[slot][part]))
 
-        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
-            return packed_linear(x, self._packed[slot][1], _row(self._down_bias, slot))
-
-        return _each(self._module, x_PH, slots, counts, up, down)
+    def _each(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int], product: Product) -> torch.Tensor:
+        return _each(self._module, x_PH, slots, counts, product, (self._up_bias, self._down_bias))
 
 
 class QuantisedExperts:
@@ -205,26 +192,20 @@ class QuantisedExperts:
 
     def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `LayerExperts`."""
-
-        def up(x: torch.Tensor, slot: int) -> torch.Tensor:
-            return self._linear(x, self._weights[slot][0], _row(self._up_bias, slot))
-
-        def down(x: torch.Tensor, slot: int) -> torch.Tensor:
-            return self._linear(x, self._weights[slot][1], _row(self._down_bias, slot))
-
-        return _each(self._module, rows_PH, slots, counts, up, down)
+        biases = (self._up_bias, self._down_bias)
+        return _each(self._module, rows_PH, slots, counts, self._product, biases)
 
     def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
         """See `LayerExperts`: nothing is known to gain."""
         return None
 
-    def _linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        x = x.contiguous()
+    def _product(self, x: torch.Tensor, part: int, slot: int) -> torch.Tensor:
+        x, weight = x.contiguous(), self._weights[slot][part]
         if self._kind == "int8":
-            product: torch.Tensor = torch.ops.quantized.linear_dynamic(x, weight, True)
+            result: torch.Tensor = torch.ops.quantized.linear_dynamic(x, weight, True)
         else:
-            product = torch.ops.quantized.linear_dynamic_fp16(x, weight)
-        return product if bias is None else product.add_(bias)
+            result = torch.ops.quantized.linear_dynamic_fp16(x, weight)
+        return result
 
 
 def fits_half(tensors: dict[str, torch.Tensor]) -> bool:
@@ -252,21 +233,22 @@ def _each(
     x_PH: torch.Tensor,
     slots: Sequence[int],
     counts: Sequence[int],
-    up: Callable[[torch.Tensor, int], torch.Tensor],
-    down: Callable[[torch.Tensor, int], torch.Tensor],
+    product: Product,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> torch.Tensor:
     """One product an expert; the activation once for all."""
     counts = list(counts)
-    hidden = [up(x, slot) for x, slot in zip(x_PH.split(counts), slots, strict=True)]
-    gated = _gated(module, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-    outputs = [down(x, slot) for x, slot in zip(gated.split(counts), slots, strict=True)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def layer(rows: torch.Tensor, part: int) -> torch.Tensor:
+        bias = biases[part]
+        outputs = [product(x, part, slot) for x, slot in zip(rows.split(counts), slots, strict=True)]
+        if bias is not None:
+            outputs = [output + bias[slot] for output, slot in zip(outputs, slots, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    return layer(_gated(module, layer(x_PH, 0)), 1)
 
 
 def _gated(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     result: torch.Tensor = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
     return result
-
-
-def _row(bias: torch.Tensor | None, slot: int) -> torch.Tensor | None:
-    return None if bias is None else bias[slot]

@@ -153,8 +153,8 @@ class Dispatcher:
         owner_P = owner_E[experts_P]
         limit = max_rows(hidden_TH.shape[1], experts_per_token)
         parts = []
-        if num_rows := hidden_TH.shape[0]:
-            group = int(owner_P[0])
+        if owner_P.size:
+            num_rows, group = hidden_TH.shape[0], int(owner_P[0])
             # One group for everything, as where groups live in this process: nothing to sort out.
             whole = num_rows <= limit and rows_P.size == num_rows * experts_per_token
             if whole and bool((owner_P == group).all()):

@@ -70,8 +70,8 @@ class KernelTable:
 
     @classmethod
     def measure(cls, clock: Callable[[], float] = time.perf_counter) -> KernelTable:
-        """Times all kernels with the calling thread's number of threads, on weights that no cache holds. About a third
-        of a second; takes 200 MB meanwhile."""
+        """Times all kernels with the calling thread's number of threads, on weights that no cache holds. Less than a
+        second; takes 200 MB meanwhile."""
         weights = [torch.randn(_SIZE, _SIZE) for _ in range(_WEIGHTS)]
         packed = [pack(weight) for weight in weights] if can_pack(weights[0]) else []
         seconds: dict[int, dict[str, float]] = {}
