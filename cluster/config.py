@@ -81,6 +81,68 @@ class DataPlaneConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """Traces, metrics and logs. The standard OTEL_* variables hold where a key here does not say otherwise."""
+
+    traces: str = "auto"
+    """otlp (to a collector), file (the embedded store), off, or otlp,file; auto: otlp where an endpoint is set here or
+    in OTEL_EXPORTER_OTLP_ENDPOINT, else file."""
+    endpoint: str = ""
+    """OTLP endpoint, such as http://127.0.0.1:4317; empty: OTEL_EXPORTER_OTLP_ENDPOINT."""
+    protocol: str = ""
+    """grpc or http/protobuf; empty: OTEL_EXPORTER_OTLP_PROTOCOL, else grpc."""
+    sample_ratio: float = 1.0
+    """Share of ordinary requests whose traces are kept. Failed, slow, cold and failed-over ones are always kept."""
+    queue_spans: int = 16384
+    """Spans that wait for the exporter at most; more are dropped and counted."""
+    store: str = ""
+    """Directory of the embedded store; empty: expertmesh/traces in the user's state directory."""
+    store_bytes: int = 64 * 1024**2
+    """Bytes that the embedded store keeps at most; the oldest traces go first."""
+    steps_per_s: float = 1.0
+    """Steps that get a trace of their own, a second at most; 0: none but those asked for in detail."""
+    detail_steps: int = 8
+    """Steps of a request that asked for details (x-moe-trace-detail: layer) whose layers are traced one by one."""
+    metrics_listen: str = "auto"
+    """HOST:PORT of the Prometheus endpoint, auto (127.0.0.1:9464, or any free port where that is taken) or off."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+    log_format: str = "json"
+    """json (one object a line) or text."""
+    log_prompts: bool = False
+    """Puts prompts and answers into traces. Off: no text of any request leaves the process by telemetry."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultsConfig:
+    """Faults to plant, for trying out what traces say of them. Never set by default."""
+
+    group: int = -1
+    """The group that gets them; -1: none."""
+    compute_ms: float = 0.0
+    """Added to each of its layer calls."""
+    cold_expert: str = ""
+    """LAYER/EXPERT that counts as not loaded."""
+    cold_ms: float = 0.0
+    """What loading it takes."""
+    cold_every_s: float = 1.0
+    """How long it stays loaded."""
+    drop_links_s: float = 0.0
+    """Its links are dropped so often; 0: never."""
+
+    def cold_pair(self) -> tuple[int, int]:
+        """Layer and expert of ``cold_expert``.
+
+        Raises:
+            ConfigError: it is not LAYER/EXPERT.
+        """
+        layer, _, expert = self.cold_expert.partition("/")
+        if not (layer.isdecimal() and expert.isdecimal()):
+            raise ConfigError(f"faults.cold_expert: got {self.cold_expert!r}; must be LAYER/EXPERT, such as 3/17")
+        return int(layer), int(expert)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything that can be set."""
 
@@ -114,6 +176,8 @@ class Config:
     """Lets clients ask for full logits."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -135,6 +199,28 @@ class Config:
         _at_least("data_plane.group_wait_s", self.data_plane.group_wait_s, 0)
         _at_least("data_plane.payload_timeout_s", self.data_plane.payload_timeout_s, 0.001)
         split_address("listen", self.listen)
+        self._check_telemetry()
+        if self.faults.cold_expert:
+            self.faults.cold_pair()
+        for name in ("compute_ms", "cold_ms", "cold_every_s", "drop_links_s"):
+            _at_least(f"faults.{name}", getattr(self.faults, name), 0)
+
+    def _check_telemetry(self) -> None:
+        telemetry = self.telemetry
+        for kind in telemetry.traces.split(","):
+            _one_of("telemetry.traces", kind.strip(), ("auto", "otlp", "file", "off"))
+        if telemetry.protocol:
+            _one_of("telemetry.protocol", telemetry.protocol, ("grpc", "http/protobuf"))
+        _one_of("telemetry.log_level", telemetry.log_level, ("debug", "info", "warning", "error"))
+        _one_of("telemetry.log_format", telemetry.log_format, ("json", "text"))
+        if not 0.0 <= telemetry.sample_ratio <= 1.0:
+            raise ConfigError(f"telemetry.sample_ratio: got {telemetry.sample_ratio!r}; must be from 0 to 1")
+        _at_least("telemetry.queue_spans", telemetry.queue_spans, 1)
+        _at_least("telemetry.store_bytes", telemetry.store_bytes, 64 * 1024)
+        _at_least("telemetry.steps_per_s", telemetry.steps_per_s, 0)
+        _at_least("telemetry.detail_steps", telemetry.detail_steps, 0)
+        if telemetry.metrics_listen not in ("auto", "off"):
+            split_address("telemetry.metrics_listen", telemetry.metrics_listen)
 
     def _check_transport(self) -> None:
         kinds = self.transports()

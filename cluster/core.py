@@ -82,6 +82,8 @@ class Request:
     stop: StopParams
     deadline: Deadline
     trace_id: str = ""
+    span_id: str = ""
+    trace_detail: bool = False
     want_logits: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from cluster.weights.zoo import make_model
 transformers_logging.disable_progress_bar()
 
 MakeTiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_trace_store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands that tests run leave their traces here, not in the user's store."""
+    os.environ["EXPERTMESH_TELEMETRY__STORE"] = str(tmp_path_factory.mktemp("traces"))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,8 @@ def experts_per_layer(path: Path) -> list[int]:
 
 def config_for(path: Path, **flags: object) -> Config:
     """A configuration that reads no environment."""
-    base = load_config(flags={"model": str(path), "dtype": "fp32", **flags}, environ={})
+    quiet = {"traces": "off", "metrics_listen": "off"}
+    base = load_config(flags={"model": str(path), "dtype": "fp32", "telemetry": quiet, **flags}, environ={})
     return dataclasses.replace(base, data_plane=dataclasses.replace(base.data_plane, secret="test", group_wait_s=2.0))
 
 

@@ -67,6 +67,11 @@ class Client:
         reply: control_pb2.StatusReply = self._unary(self._control.Status, control_pb2.StatusRequest())
         return reply
 
+    def set_tracing(self, on: bool) -> bool:
+        """Switches the server's traces on or off; how they were before."""
+        reply: control_pb2.SetTracingReply = self._unary(self._control.SetTracing, control_pb2.SetTracingRequest(on=on))
+        return reply.was_on
+
     def _unary(self, method: Any, request: Any) -> Any:
         try:
             return method(request, timeout=min(self._timeout_s, 30.0))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.api.tracing import TraceContext
 from cluster.core import Deadline, FinishReason, Request, SamplingParams, StopParams
-from cluster.engine.engine import TokenEvent
+from cluster.engine.events import TokenEvent
 from cluster.engine.text import Tokenizer
 from cluster.errors import InvalidArgument
 from cluster.rpc.v1 import inference_pb2 as pb
@@ -50,7 +51,7 @@ def to_request(
     limits: ModelLimits,
     tokenizer: Tokenizer | None,
     time_left_s: float | None,
-    trace_id: str,
+    trace: TraceContext,
 ) -> Request:
     """The request as the engine takes it.
 
@@ -80,7 +81,9 @@ def to_request(
         sampling=_sampling(message, limits),
         stop=StopParams(min(max_new, room), _stop_strings(message, tokenizer), stop_ids),
         deadline=_deadline(message, limits, time_left_s),
-        trace_id=trace_id,
+        trace_id=trace.trace_id,
+        span_id=trace.span_id,
+        trace_detail=trace.detail,
         want_logits=message.return_logits,
     )
 
@@ -196,10 +199,11 @@ def to_chunk(
     events: Sequence[TokenEvent],
     request: Request,
     num_generated: int,
-    extra_stages: Sequence[tuple[str, float]],
+    stages: Mapping[str, float],
     exact: bool,
 ) -> pb.GenerateChunk:
-    """One chunk of consecutive events; ``num_generated`` tokens came before and with them."""
+    """One chunk of consecutive events; ``num_generated`` tokens came before and with them. The last one tells of
+    ``stages``."""
     chunk = pb.GenerateChunk(text="".join(event.text for event in events), trace_id=request.trace_id)
     for event in events:
         if event.token is not None:
@@ -210,8 +214,7 @@ def to_chunk(
         chunk.usage.prompt_tokens = len(request.prompt_ids)
         chunk.usage.completion_tokens = num_generated
         chunk.exact = exact
-        stages = [*extra_stages, *(last.ledger.items() if last.ledger is not None else ())]
-        chunk.stages.extend(pb.StageTime(stage=name, seconds=seconds) for name, seconds in stages if seconds > 0)
+        chunk.stages.extend(pb.StageTime(stage=name, seconds=seconds) for name, seconds in stages.items())
     return chunk
 
 

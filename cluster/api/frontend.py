@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 
-from opentelemetry import trace
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
 from cluster.api.convert import ModelLimits, check_ids, to_chunk, to_reply, to_request
+from cluster.api.status import as_known
+from cluster.api.tracing import DoorTimes, TraceContext
 from cluster.core import Clock
-from cluster.engine.engine import Engine, TokenEvent
+from cluster.engine.engine import Engine
+from cluster.engine.events import TokenEvent
 from cluster.engine.text import Tokenizer
-from cluster.errors import CheckpointError, DeadlineExceeded, Unavailable
+from cluster.errors import Cancelled, CheckpointError, ConfigError, DeadlineExceeded, Unavailable
 from cluster.rpc.v1 import control_pb2, inference_pb2
-from cluster.telemetry.ledger import Stage
+from cluster.telemetry.hub import Telemetry
 
 STARTING, SERVING, DRAINING = "starting", "serving", "draining"
 LONG_REQUEST_BYTES = 64 * 1024
@@ -31,13 +31,56 @@ _GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a ready router serves."""
+    """What a ready router serves. ``telemetry`` is told of every request; ``keep_text``: of its text too."""
 
     engine: Engine
     tokenizer: Tokenizer | None
     limits: ModelLimits
     info: inference_pb2.ModelInfoReply
     status: Callable[[], control_pb2.StatusReply]
+    telemetry: Telemetry | None = None
+    keep_text: bool = False
+
+
+class EventInbox:
+    """One request's events, from the engine's thread to the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._then: Callable[[TokenEvent], object] | None = None
+
+    def tell(self, event: TokenEvent) -> None:
+        """The engine's listener."""
+        self._loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: TokenEvent) -> None:
+        if self._then is None:
+            self._events.put_nowait(event)
+        elif event.last:
+            self._then(event)
+
+    async def take(self, timeout_s: float) -> list[TokenEvent]:
+        """Waits for an event; it and all that came with it.
+
+        Raises:
+            DeadlineExceeded: none came in time.
+        """
+        try:
+            batch = [await asyncio.wait_for(self._events.get(), timeout_s)]
+        except TimeoutError as exc:
+            raise DeadlineExceeded("the deadline of the request has passed") from exc
+        while not self._events.empty():
+            batch.append(self._events.get_nowait())
+        return batch
+
+    def leave(self, then: Callable[[TokenEvent], object]) -> None:
+        """Nobody takes events any more; ``then`` is called with the last one."""
+        self._then = then
+        while not self._events.empty():
+            event = self._events.get_nowait()
+            if event.last:
+                then(event)
 
 
 class Frontend:
@@ -73,43 +116,76 @@ class Frontend:
             InvalidArgument, Overloaded, DeadlineExceeded, Unavailable, InternalError.
         """
         served = self._serving()
-        started_s = self._clock()
-        arguments = (message, served.limits, served.tokenizer, time_left_s, trace_id(metadata))
+        times = DoorTimes(TraceContext.of(metadata), self._clock)
+        inbox = EventInbox(asyncio.get_running_loop())
+        answer: list[str] = []
+
+        def tell_observer() -> None:
+            if served.telemetry is not None:
+                prompt = str(message.prompt) if served.keep_text else ""
+                served.telemetry.request(times.record(served.limits.exact, prompt, "".join(answer)))
+
+        def freed(last: TokenEvent) -> None:
+            times.got(last)
+            tell_observer()
+
+        try:
+            async with aclosing(self._stream(served, message, time_left_s, times, inbox)) as chunks:
+                async for chunk in chunks:
+                    if served.keep_text:
+                        answer.append(chunk.text)
+                    times.sending()
+                    yield chunk
+                    times.sent()
+        except (GeneratorExit, asyncio.CancelledError):
+            if not times.finish_reason:
+                times.error = Cancelled("the client left")
+            raise
+        except Exception as exc:
+            times.error = as_known(exc)
+            raise times.error from exc
+        finally:
+            if times.in_engine:
+                # It frees the request within a step, and says then what the request has spent.
+                times.left()
+                inbox.leave(freed)
+            else:
+                tell_observer()
+
+    async def _stream(
+        self,
+        served: Served,
+        message: inference_pb2.GenerateRequest,
+        time_left_s: float | None,
+        times: DoorTimes,
+        inbox: EventInbox,
+    ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
+        arguments = (message, served.limits, served.tokenizer, time_left_s, times.context)
         # Tokenising a long text takes a while, which other streams should not wait for.
         long = message.ByteSize() > LONG_REQUEST_BYTES
         request = await asyncio.to_thread(to_request, *arguments) if long else to_request(*arguments)
-        tokenize = ((Stage.TOKENIZE.value, self._clock() - started_s),)
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-
-        def tell(event: TokenEvent) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        served.engine.submit(request, tell)
-        num_generated = 0
-        ended = False
+        times.tokenized(request)
+        served.engine.submit(request, inbox.tell)
+        times.submitted()
         try:
-            while not ended:
-                batch = [await self._next(events, request.deadline.remaining_s())]
-                while not events.empty():
-                    batch.append(events.get_nowait())
+            while times.in_engine:
+                times.waiting()
+                batch = await inbox.take(request.deadline.remaining_s() + _GRACE_S)
+                last = batch[-1]
+                times.got(last)
                 good = [event for event in batch if event.error is None]
-                num_generated += sum(event.token is not None for event in good)
-                ended = batch[-1].last
+                times.output_tokens += sum(event.token is not None for event in good)
                 if good:
-                    yield to_chunk(good, request, num_generated, tokenize, served.limits.exact)
-                if batch[-1].error is not None:
-                    raise batch[-1].error
+                    stages = times.stages() if last.last else {}
+                    chunk = to_chunk(good, request, times.output_tokens, stages, served.limits.exact)
+                    if last.finish is not None:
+                        times.finish_reason = last.finish.value
+                    yield chunk
+                if last.error is not None:
+                    raise last.error
         finally:
-            if not ended:
+            if times.in_engine:
                 served.engine.cancel(request.request_id)
-
-    @staticmethod
-    async def _next(events: asyncio.Queue[TokenEvent], time_left_s: float) -> TokenEvent:
-        try:
-            return await asyncio.wait_for(events.get(), time_left_s + _GRACE_S)
-        except TimeoutError as exc:
-            raise DeadlineExceeded("the deadline of the request has passed") from exc
 
     async def generate_once(
         self, message: inference_pb2.GenerateRequest, metadata: Mapping[str, str], time_left_s: float | None
@@ -152,15 +228,23 @@ class Frontend:
             reply.uptime_s = self._clock() - self._ready_s
         return reply
 
+    def set_tracing(self, message: control_pb2.SetTracingRequest) -> control_pb2.SetTracingReply:
+        """Switches traces.
+
+        Raises:
+            ConfigError: they go nowhere.
+        """
+        telemetry = self._serving().telemetry
+        if telemetry is None or not telemetry.kinds:
+            raise ConfigError("telemetry.traces: got off; the server was started without a place for traces")
+        was_on, telemetry.tracing = telemetry.tracing, message.on
+        return control_pb2.SetTracingReply(was_on=was_on)
+
+    async def flush_traces(self) -> None:
+        """Waits a little until what was told is exported."""
+        if self._served is not None and self._served.telemetry is not None:
+            await asyncio.to_thread(self._served.telemetry.flush, 3.0)
+
     def num_live(self) -> int:
         """Requests that have not ended."""
         return self._served.engine.num_live() if self._served is not None else 0
-
-
-def trace_id(metadata: Mapping[str, str]) -> str:
-    """32 hex digits: the client's when it sent a valid traceparent, else new ones."""
-    context = TraceContextTextMapPropagator().extract(dict(metadata))
-    span = trace.get_current_span(context).get_span_context()
-    if span.is_valid:
-        return trace.format_trace_id(span.trace_id)
-    return trace.format_trace_id(RandomIdGenerator().generate_trace_id())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 
 import torch
 
 from cluster.api.convert import ModelLimits
 from cluster.api.frontend import Served
+from cluster.api.gauges import router_gauges
 from cluster.config import Config
 from cluster.core import Deadline, GroupInfo, Membership
 from cluster.engine.blocks import num_blocks_of
@@ -25,7 +27,9 @@ from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
 from cluster.routing.fabric import Fabric
 from cluster.rpc.v1 import control_pb2, inference_pb2, links_pb2
+from cluster.telemetry.hub import telemetry_of
 from cluster.telemetry.memory import process_facts
+from cluster.telemetry.records import PhaseRecord
 from cluster.transport.base import Transport
 from cluster.transport.link import LinkStatus
 from cluster.weights.checkpoint import Checkpoint
@@ -56,19 +60,34 @@ class Router:
         local_links: Callable[[GroupInfo, Deadline], Transport] | None = None,
     ) -> None:
         self._config = config
+        started = PhaseRecord("moe.startup", time.monotonic())
         self._checkpoint = checkpoint = Checkpoint(config.model)
         self._device = device = pick_device(config.device)
         dtype = resolve_dtype(config.dtype, checkpoint.dtype, device.type == "cuda")
         self._dtype = DTYPE_NAMES[dtype]
         self._exact = config.expert_dtype in ("auto", self._dtype)
+        self.telemetry = telemetry_of(
+            config.telemetry, "expertmesh-router", {"moe.device": str(device)}, checkpoint.path.name, serve_metrics=True
+        )
         torch.set_num_threads(threads)
         self.fabric = Fabric(fetch, local_links or self._connector())
         dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
         tokenizer = load_tokenizer(checkpoint.path)
+        started.done("weights", time.monotonic())
         self.fabric.start(config.start_timeout_s)
+        started.done("links", time.monotonic())
         kv_bytes_per_token = self._warm_up()
-        self.engine = Engine(self._trunk.forward, tokenizer, config.engine, kv_bytes_per_token, threads)
+        started.done("warm_up", time.monotonic())
+        self.engine = Engine(
+            self._trunk.forward,
+            tokenizer,
+            config.engine,
+            kv_bytes_per_token,
+            threads,
+            observer=self.telemetry,
+            detail_steps=config.telemetry.detail_steps,
+        )
         self._trunk.store = KvStore(num_blocks_of(config.engine, kv_bytes_per_token), config.engine.block_size)
         info = self._model_info(skeleton, has_tokenizer=tokenizer is not None)
         limits = ModelLimits(
@@ -81,7 +100,11 @@ class Router:
             verify=config.verify,
             exact=self._exact,
         )
-        self.served = Served(self.engine, tokenizer, limits, info, self.status)
+        keep_text = config.telemetry.log_prompts
+        self.served = Served(self.engine, tokenizer, limits, info, self.status, self.telemetry, keep_text)
+        if self.telemetry is not None:
+            self.telemetry.gauges(router_gauges(self.fabric, self.engine))
+            self.telemetry.phases(started)
 
     def _connector(self) -> Connector:
         data_plane, kinds = self._config.data_plane, self._config.transports()
@@ -170,12 +193,29 @@ class Router:
         reply.loops.add(name="engine", progress_age_s=self.engine.progress_age_s())
         for group, (link, _) in sorted(links.items()):
             reply.loops.add(name=f"link-{group}", progress_age_s=link.progress_age_s)
+        if self.telemetry is not None:
+            for name, age_s in self.telemetry.progress_ages_s().items():
+                reply.loops.add(name=name, progress_age_s=age_s)
+            counts = self.telemetry.counts()
+            reply.telemetry.CopyFrom(
+                control_pb2.TelemetryStatus(
+                    traces=self.telemetry.kinds,
+                    tracing=self.telemetry.tracing,
+                    metrics_address=self.telemetry.metrics_address,
+                    spans_created=counts["created"],
+                    spans_exported=counts["exported"],
+                    spans_dropped=counts["dropped"],
+                    spans_waiting=counts["waiting"],
+                )
+            )
         return reply
 
     def close(self) -> None:
-        """Ends the engine and all links."""
+        """Ends the engine, all links and the telemetry."""
         self.engine.close()
         self.fabric.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
 
 
 def _group_status(info: GroupInfo, link: LinkStatus, reconnects: int) -> control_pb2.GroupStatus:

@@ -22,7 +22,8 @@ from cluster.api.status import as_known, grpc_status
 from cluster.config import Config
 from cluster.core import Membership
 from cluster.errors import InternalError, Unavailable
-from cluster.rpc.v1 import inference_pb2
+from cluster.rpc.v1 import control_pb2, inference_pb2
+from cluster.telemetry import logs
 
 FETCH_TIMEOUT_S = 5.0
 
@@ -36,6 +37,7 @@ class RouterShell:
     async def __init__(  # type: ignore[misc]
         self, build: BuildRouter, config: Config, coordinator: DeploymentHandle[Any] | None
     ) -> None:
+        logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
         self._coordinator = coordinator
         self._frontend, self._health = Frontend(), Health()
         self._server: ClientServer | None = None
@@ -73,6 +75,7 @@ class RouterShell:
         while self._frontend.num_live() and time.monotonic() < ends_s:
             await asyncio.sleep(0.05)
         left = self._frontend.num_live()
+        await self._frontend.flush_traces()
         if self._server is not None:
             await self._server.stop(0.2)
         return left
@@ -117,6 +120,9 @@ class RouterShell:
 
     async def Status(self, request: Any, grpc_context: Any) -> Any:
         return await self._frontend.status()
+
+    async def SetTracing(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, control_pb2.SetTracingReply, lambda: self._frontend.set_tracing(request))
 
     async def Check(self, request: Any, grpc_context: Any) -> Any:
         status = self._health.status(request.service)

@@ -62,6 +62,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def Status(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> control_pb2.StatusReply:
         return await _answer(context, self._frontend.status)
 
+    async def SetTracing(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, lambda: _now(lambda: self._frontend.set_tracing(request)))
+
 
 class Unparsed:
     """A request that is no message of its type, with the error that says why. Stands in for the message."""

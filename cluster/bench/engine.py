@@ -24,7 +24,8 @@ from cluster.api.router import Router
 from cluster.bench.children import end
 from cluster.config import COMPUTE_ENVIRONMENT, Config, load_config
 from cluster.core import Deadline, GroupInfo, Membership, Request, SamplingParams, StopParams
-from cluster.engine.engine import Engine, TokenEvent
+from cluster.engine.engine import Engine
+from cluster.engine.events import TokenEvent
 from cluster.errors import InternalError
 from cluster.experts.group import ExpertGroup
 from cluster.placement.planner import plan_blocks, table_from_groups
@@ -37,6 +38,8 @@ from cluster.weights.skeleton import build_skeleton
 START_TIMEOUT_S = 300.0
 GENERATE_TIMEOUT_S = 600.0
 _GROUP = "--group"
+QUIET = {"traces": "off", "metrics_listen": "off"}
+"""Peers tell nobody either; what traces cost is `bench trace-cost`."""
 
 
 def cores() -> int:
@@ -77,6 +80,7 @@ def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str
     settings = {"model": config.model, "groups": config.groups, "dtype": config.dtype, "threads": config.threads}
     settings |= {"expert_dtype": config.expert_dtype, "packed_experts": config.packed_experts}
     settings["data_plane"] = {"secret": config.data_plane.secret}
+    settings["telemetry"] = QUIET
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.bench.engine", _GROUP, str(number), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -185,6 +189,7 @@ def main() -> None:
         settings["data_plane"] = {**settings.get("data_plane", {}), "secret": "bench"}
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    settings.setdefault("telemetry", QUIET)
     with router_of(load_config(flags=settings, environ={})) as router:
         generate = Generator(router)
         answers.write(json.dumps({"versions": {"torch": torch.__version__}}) + "\n")

@@ -13,13 +13,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from cluster.config import EngineConfig
 from cluster.core import Clock, FinishReason, Priority, Request
 from cluster.engine.blocks import BlockPool, num_blocks_of
+from cluster.engine.events import EngineStats, Listener, TokenEvent
 from cluster.engine.sampler import Sampled, sample
 from cluster.engine.scheduler import Scheduled, Scheduler, Share
 from cluster.engine.text import TextStream, Tokenizer
@@ -33,35 +34,14 @@ from cluster.errors import (
 )
 from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
+from cluster.telemetry.account import RequestAccount
 from cluster.telemetry.ledger import Ledger, Stage
+from cluster.telemetry.records import Observer, SpanRef, StepRecord
+from cluster.telemetry.steps import StepDetail
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Sequence[Chunk], StepContext], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """What a listener hears: a token, the end, or an error (the last one is the last event).
-
-    ``logits`` are fp32 little-endian bytes, only where the request wants them.
-    """
-
-    text: str = ""
-    token: Sampled | None = None
-    logits: bytes = b""
-    finish: FinishReason | None = None
-    error: ExpertMeshError | None = None
-    ledger: Ledger | None = None
-
-    @property
-    def last(self) -> bool:
-        """No event follows."""
-        return self.finish is not None or self.error is not None
-
-
-Listener = Callable[[TokenEvent], None]
-"""Called in the engine thread; must neither block nor raise."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,43 +52,15 @@ class _Live:
     listener: Listener
     sequence: Scheduled
     text: TextStream
-    idle_s: float
-    """Since when it is in no step: its arrival or the end of its last step."""
-    ledger: Ledger = field(default_factory=Ledger)
-    last_step: int = -1
+    account: RequestAccount
     cancelled_at_step: int | None = None
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the start, and what is there now; see EngineStatus in control.proto.
-
-    ``kv_used_bytes`` are blocks that some request holds, ``kv_cached_bytes`` those that only a common prefix may bring
-    back. ``prefix_hit_tokens`` of ``prompt_tokens`` were found there when their requests got a place.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    steps: int = 0
-    max_batch: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    max_steps_after_cancel: int = 0
-    kv_used_bytes: int = 0
-    kv_cached_bytes: int = 0
-    kv_blocks: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_free: int = 0
-    preemptions: int = 0
-    prefix_hit_tokens: int = 0
-    prompt_tokens: int = 0
 
 
 class Engine:
     """Step loop over ``forward``. Every request that `submit` accepts ends with exactly one last event.
 
-    ``kv_bytes_per_token`` is what one token takes in all layers together.
+    ``kv_bytes_per_token`` is what one token takes in all layers together. ``observer`` is told of every step;
+    the first ``detail_steps`` of a request that wants it are timed layer by layer.
 
     Raises:
         ConfigError: engine.kv_cache_bytes is less than one block.
@@ -122,8 +74,11 @@ class Engine:
         kv_bytes_per_token: int,
         threads: int = 0,
         clock: Clock = time.monotonic,
+        observer: Observer | None = None,
+        detail_steps: int = 8,
     ) -> None:
         self._forward, self._tokenizer, self._clock, self._threads = forward, tokenizer, clock, threads
+        self._observer, self._detail_steps = observer, detail_steps
         self._block_bytes = max(1, kv_bytes_per_token) * config.block_size
         self._pool = BlockPool(num_blocks_of(config, kv_bytes_per_token), config.block_size, config.prefix_caching)
         self._max_kv_tokens = self._pool.num_blocks * config.block_size
@@ -136,7 +91,9 @@ class Engine:
         self._outbox: list[tuple[Listener, TokenEvent]] = []  # the engine thread's own
         self._closed = False
         self._stats = EngineStats()
-        self._spent = Ledger()
+        self._ledger = Ledger()
+        self._previous: list[_Live] = []  # in the step before
+        self._ended_s = self._settled_s = self._told_s = clock()
         self._progress_s = clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -160,7 +117,7 @@ class Engine:
                 f"{self._max_kv_tokens} (engine.kv_cache_bytes)",
             )
         text = TextStream(self._tokenizer, request.stop.stop_strings)
-        live = _Live(request, listener, sequence, text, self._clock())
+        live = _Live(request, listener, sequence, text, RequestAccount(self._clock()))
         with self._lock:
             if self._closed:
                 raise Unavailable("the router is shutting down; retry elsewhere")
@@ -181,8 +138,11 @@ class Engine:
 
     def spent(self) -> dict[str, float]:
         """Seconds by stage of all steps so far, each step once."""
-        with self._lock:
-            return dict(self._spent.items())
+        return dict(self._ledger.copy().items())
+
+    def totals(self) -> Ledger:
+        """A copy of the ledger of all steps so far, without layers."""
+        return self._ledger.brief()
 
     def stats(self) -> EngineStats:
         """A copy of the counters. The lock is held for a few reads only."""
@@ -232,12 +192,20 @@ class Engine:
                 if shares:
                     self._stats.steps += 1
                     self._stats.max_batch = max(self._stats.max_batch, len(shares))
-                    step = StepContext(self._stats.steps)
+                    step = StepContext(self._stats.steps, ledger=self._ledger)
                     lives = [self._by_sequence[share.sequence] for share in shares]
                 elif not again:
                     self._lock.wait(0.5)
             if shares:
                 self._step(step, shares, lives, started_s)
+            elif not again:
+                self._leave_all()
+
+    def _leave_all(self) -> None:
+        """Nothing follows the last step at once."""
+        for live in self._previous:
+            live.account.leave(self._ledger, self._ended_s)
+        self._previous = []
 
     def _closed_and_told(self) -> bool:
         """Ends what was cancelled or has expired, all of it once the engine is closed, and hands out the events."""
@@ -247,7 +215,9 @@ class Engine:
             if closed:
                 for live in list(self._live.values()):
                     self._end(live, error=Unavailable("the router is shutting down; retry elsewhere"))
+        self._settled_s = self._clock()
         self._hand_out()
+        self._told_s = self._clock()
         return closed
 
     def _drop_cancelled_and_expired(self) -> None:
@@ -270,10 +240,13 @@ class Engine:
             heapq.heapify(self._deadlines)
 
     def _step(self, step: StepContext, shares: list[Share], lives: list[_Live], started_s: float) -> None:
-        for live in lives:
-            if live.last_step != step.step_id - 1:  # waited: for a place, for its turn, or to start over
-                live.ledger.add(Stage.QUEUE, started_s - live.idle_s)
-            live.last_step = step.step_id
+        self._enter(lives, started_s)
+        observer = self._observer
+        before = self._ledger.brief() if observer is not None else self._ledger
+        trace: StepDetail | None = None
+        if observer is not None:
+            trace = observer.begin_step(any(self._wants_detail(live) for live in lives))
+            step.detail = trace if trace is not None and trace.by_layer else None
         step.priority = Priority.DECODE if all(share.decoding for share in shares) else Priority.PREFILL
         chunks = [Chunk(share.ids, share.start, share.blocks) for share in shares]
         step.ledger.add(Stage.SCHEDULE, self._clock() - started_s)
@@ -288,6 +261,10 @@ class Engine:
             ended_s = self._clock()
             step.ledger.add(Stage.EMIT, ended_s - emit_s)
         except Exception as exc:
+            self._ended_s = self._clock()
+            for live in lives:
+                for item in step.events:
+                    live.account.note(item)
             if isinstance(exc, ExpertMeshError):
                 log.error("step %d failed: %s", step.step_id, exc)
                 error = exc
@@ -298,12 +275,16 @@ class Engine:
                 for live in lives:
                     self._end(live, error=error)
             return
+        self._ended_s = ended_s
+        if observer is not None:
+            observer.step(self._record(step, trace, shares, lives, started_s, before))
         with self._lock:
             self._scheduler.ran(shares)
-            self._spent.absorb(step.ledger)
             for live, token, event in zip(lives, chosen, events, strict=True):
-                live.ledger.absorb(step.ledger)
-                live.idle_s = ended_s
+                for item in step.events:
+                    live.account.note(item)
+                if token is not None:
+                    live.account.token(self._ledger, ended_s)
                 if token is None or event is None:
                     continue
                 if event.finish is not None:
@@ -311,6 +292,54 @@ class Engine:
                 else:
                     self._scheduler.sampled(live.sequence, token.token)
                     self._outbox.append((live.listener, event))
+
+    def _enter(self, lives: list[_Live], started_s: float) -> None:
+        """Books the time since the last step, for those who are in both, and lets the others leave or enter."""
+        now = set(lives)
+        for live in self._previous:
+            if live not in now:
+                live.account.leave(self._ledger, self._ended_s)
+        if self._previous:
+            self._ledger.add(Stage.SCHEDULE, self._settled_s - self._ended_s + started_s - self._told_s)
+            self._ledger.add(Stage.EMIT, self._told_s - self._settled_s)
+        for live in lives:
+            account = live.account
+            if not account.inside:
+                account.enter(self._ledger, started_s)
+            account.steps += 1
+        self._previous = lives
+
+    def _wants_detail(self, live: _Live) -> bool:
+        return live.request.trace_detail and live.account.steps <= self._detail_steps
+
+    def _record(
+        self,
+        step: StepContext,
+        trace: StepDetail | None,
+        shares: list[Share],
+        lives: list[_Live],
+        started_s: float,
+        before: Ledger,
+    ) -> StepRecord:
+        members: list[SpanRef] = []
+        if trace is not None:
+            for live in lives:
+                members.append(SpanRef(live.request.trace_id, live.request.span_id))
+                if trace.by_layer and self._wants_detail(live):
+                    live.account.step_links.append(trace.trace_id)
+        return StepRecord(
+            step.step_id,
+            started_s,
+            self._ended_s,
+            len(lives),
+            sum(len(share.ids) for share in shares if not share.decoding),
+            sum(share.decoding for share in shares),
+            before,
+            self._ledger.brief(),
+            members,
+            tuple(step.events),
+            trace,
+        )
 
     def _sample(
         self, step: StepContext, shares: list[Share], lives: list[_Live], logits_NV: torch.Tensor
@@ -345,15 +374,17 @@ class Engine:
         self._live.pop(live.request.request_id, None)
         self._by_sequence.pop(live.sequence, None)
         self._scheduler.remove(live.sequence)
+        live.account.end(self._ledger, self._ended_s if live.account.inside else self._clock())
+        live.account.preemptions, live.account.cached_tokens = live.sequence.preemptions, live.sequence.cached_tokens
         if event is not None:
             self._stats.finished += 1
-            last = TokenEvent(event.text, event.token, event.logits, event.finish, None, live.ledger)
+            last = replace(event, account=live.account)
         else:
             if isinstance(error, Cancelled):
                 self._stats.cancelled += 1
             else:
                 self._stats.failed += 1
-            last = TokenEvent(error=error, ledger=live.ledger)
+            last = TokenEvent(error=error, account=live.account)
         self._outbox.append((live.listener, last))
 
     def _hand_out(self) -> None:

@@ -48,6 +48,8 @@ class Scheduled:
     table: BlockTable = field(default_factory=BlockTable)
     running: bool = False
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Of its prompt, found in the cache when it got its first place."""
     number: int = 0
     due_s: float = float("inf")
     came_s: float = 0.0
@@ -267,6 +269,8 @@ class Scheduler:
         expected = min(sequence.max_tokens, len(sequence.tokens) + _GROWTH_TOKENS)
         table.expected = -(-expected // pool.block_size)
         sequence.computed = pool.match(table, sequence.tokens, count=not sequence.preemptions)
+        if not sequence.preemptions:
+            sequence.cached_tokens = sequence.computed
         self._waiting.remove(sequence)
         bisect.insort(self._running, sequence, key=_rank)
         sequence.running = True

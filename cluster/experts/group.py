@@ -9,15 +9,19 @@ import uuid
 import torch
 
 from cluster.config import Config
-from cluster.core import GroupId, GroupInfo
+from cluster.core import GroupId, GroupInfo, LayerCall
 from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.faults import LinkDropper, with_faults
 from cluster.experts.host import ExpertHost, InlineHost
 from cluster.experts.identity import Identity
+from cluster.experts.loads import LoadNotes
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
 from cluster.placement.planner import Holdings
+from cluster.telemetry.hub import telemetry_of
 from cluster.telemetry.memory import give_back_memory, process_facts
-from cluster.transport.base import LayerRows
+from cluster.telemetry.records import PhaseRecord
+from cluster.transport.base import LayerReply, LayerRows
 from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
@@ -44,6 +48,7 @@ class ExpertGroup:
         host_address: str = "127.0.0.1",
     ) -> None:
         self.group = group
+        started = PhaseRecord("moe.startup", time.monotonic())
         self._incarnation = uuid.uuid4().hex
         checkpoint = Checkpoint(config.model)
         self._device = pick_device(config.device)
@@ -54,14 +59,25 @@ class ExpertGroup:
         num_bytes = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
         how = how_to_compute(config, dtype, self._device, threads, num_bytes)
         self.bank = ExpertBank.load(group, weights, holdings, how)
+        started.done("weights", time.monotonic())
+        self.telemetry = telemetry_of(
+            config.telemetry,
+            "expertmesh-experts",
+            {"moe.group": group, "moe.device": str(self._device)},
+            checkpoint.path.name,
+            serve_metrics=False,
+        )
+        notes = LoadNotes()
+        compute = with_faults(self.bank.compute, group, config.faults, notes)
         self._fingerprint, self._dtype = checkpoint.fingerprint, DTYPE_NAMES[dtype]
         self.host: ExpertHost | InlineHost
         if listen:
-            self.host = ExpertHost(self.bank.compute, f"experts-{group}", threads)
+            self.host = ExpertHost(compute, f"experts-{group}", threads, notes=notes, observe=self._observe)
         else:
-            self.host = InlineHost(self.bank.compute)
+            self.host = InlineHost(compute, notes=notes, observe=self._observe)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
         self._warm_up(hidden_size, dtype)
+        started.done("warm_up", time.monotonic())
         give_back_memory()
         self._started_s = time.monotonic()
         identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
@@ -74,6 +90,21 @@ class ExpertGroup:
                 self.shm_server.address, self._device, pci_address(self._device), data_plane.payload_timeout_s
             )
             self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers)
+        started.done("servers", time.monotonic())
+        self._dropper: LinkDropper | None = None
+        if config.faults.group == group and config.faults.drop_links_s > 0 and listen:
+            self._dropper = LinkDropper(self._drop_links, config.faults.drop_links_s)
+        if self.telemetry is not None:
+            self.telemetry.phases(started)
+
+    def _observe(self, call: LayerCall, started_s: float, ended_s: float, reply: LayerReply) -> None:
+        if self.telemetry is not None:
+            self.telemetry.layer_call(call, started_s, ended_s, reply.queue_s, reply.load_s, reply.partial_TH.shape[0])
+
+    def _drop_links(self) -> None:
+        for server in (self.server, self.shm_server):
+            if server is not None:
+                server.drop_links()
 
     def _warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Runs every expert of every layer once, so that no first request pays for lazy set-up."""
@@ -104,12 +135,16 @@ class ExpertGroup:
         )
 
     def close(self) -> None:
-        """Ends the servers and the compute thread."""
+        """Ends the servers, the compute thread and the telemetry."""
+        if self._dropper is not None:
+            self._dropper.close()
         for server in (self.server, self.shm_server):
             if server is not None:
                 server.close()
         self.host.close()
         self.bank.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
 
 
 def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, threads: int, num_bytes: int) -> Compute:

@@ -20,18 +20,22 @@ import torch
 
 from cluster.core import Clock, LayerCall
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded, Unavailable
+from cluster.experts.loads import LoadNotes
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 
 log = logging.getLogger(__name__)
 
 Compute = Callable[[int, LayerRows], torch.Tensor]
+Observe = Callable[[LayerCall, float, float, LayerReply], None]
+"""(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
 MAX_ROUNDS = 64
 """Looks at the sockets before the next call is computed, whatever still comes in."""
 
 
 class ExpertHost:
-    """Queue and compute thread of one group. ``compute(layer, rows)`` is `ExpertBank.compute`.
+    """Queue and compute thread of one group. ``compute(layer, rows)`` is `ExpertBank.compute`, ``notes`` what it says
+    of weights that it waited for; ``observe`` is told of calls that belong to a trace.
 
     Every call that is submitted is answered: with a reply, or with a typed error.
     """
@@ -43,8 +47,11 @@ class ExpertHost:
         threads: int = 0,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         clock: Clock = time.monotonic,
+        notes: LoadNotes | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._compute, self._clock, self._max_bytes = compute, clock, max_queued_bytes
+        self._notes, self._observe = notes or LoadNotes(), observe
         self._heap: list[tuple[int, int, float, LayerCall, LayerRows, PendingReply]] = []
         self._tickets = itertools.count()
         self._queued_bytes = 0
@@ -166,14 +173,22 @@ class ExpertHost:
         if call.timeout_ms and waited_s * 1e3 > call.timeout_ms:
             pending.fail(DeadlineExceeded(f"the call waited {waited_s:.3f} s, longer than its {call.timeout_ms} ms"))
             return
-        if answer(self._compute, call, rows, pending, waited_s, self._clock):
+        if answer(self._compute, call, rows, pending, waited_s, self._clock, self._notes, self._observe):
             self.calls += 1
 
 
 def answer(
-    compute: Compute, call: LayerCall, rows: LayerRows, pending: PendingReply, waited_s: float, clock: Clock
+    compute: Compute,
+    call: LayerCall,
+    rows: LayerRows,
+    pending: PendingReply,
+    waited_s: float,
+    clock: Clock,
+    notes: LoadNotes,
+    observe: Observe | None,
 ) -> bool:
     """Computes a call and sets its reply, or its error; whether it was a reply."""
+    notes.reset()
     started_s = clock()
     try:
         partial_TH = compute(call.layer, rows)
@@ -183,7 +198,12 @@ def answer(
         log.exception("layer %d failed", call.layer)
         pending.fail(InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}"))
     else:
-        pending.resolve(LayerReply(partial_TH, waited_s, clock() - started_s))
+        load_s = notes.seconds
+        ended_s = clock()
+        reply = LayerReply(partial_TH, waited_s, ended_s - started_s - load_s, load_s, notes.expert, notes.num_bytes)
+        pending.resolve(reply)
+        if call.traceparent and observe is not None:
+            observe(call, started_s, ended_s, reply)
         return True
     return False
 
@@ -192,15 +212,22 @@ class InlineHost:
     """A group in its router's own process: calls are computed by the thread that sends them, which would only wait
     for another one, on the cores that this other one needs."""
 
-    def __init__(self, compute: Compute, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        clock: Clock = time.monotonic,
+        notes: LoadNotes | None = None,
+        observe: Observe | None = None,
+    ) -> None:
         self._compute, self._clock = compute, clock
+        self._notes, self._observe = notes or LoadNotes(), observe
         self.calls = 0
         self._since_s: float | None = None
 
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
         """Computes the call; ``pending`` has its answer afterwards."""
         self._since_s = self._clock()
-        if answer(self._compute, call, rows, pending, 0.0, self._clock):
+        if answer(self._compute, call, rows, pending, 0.0, self._clock, self._notes, self._observe):
             self.calls += 1
         self._since_s = None
 

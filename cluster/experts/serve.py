@@ -9,12 +9,14 @@ from cluster.core import GroupId, GroupInfo
 from cluster.errors import Unavailable
 from cluster.experts.group import ExpertGroup
 from cluster.placement.planner import Holdings
+from cluster.telemetry import logs
 
 
 class ExpertsShell:
     """Deployment ``group`` of the application ``experts-<i>``. Layer calls do not come through here."""
 
     def __init__(self, group: GroupId, holdings: Holdings, config: Config, threads: int) -> None:
+        logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
         self._group = ExpertGroup(group, holdings, config, threads, host_address=ray.util.get_node_ip_address())
 
     def info(self) -> GroupInfo:

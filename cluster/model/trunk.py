@@ -100,10 +100,10 @@ class Trunk:
         Raises:
             ExpertMeshError: whatever the dispatcher raised.
         """
+        self._step, self._mark_s = step, self._clock()
         batch = PackedBatch(chunks, self.store, self.device)
         cache = PackedCache(batch, self._layers)
         extra = {"logits_to_keep": batch.last_T} if self._takes_logits_to_keep else {}
-        self._step, self._mark_s = step, self._clock()
         try:
             with stepping(Step(batch, cache)):
                 output = self.model(

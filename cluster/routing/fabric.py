@@ -41,6 +41,7 @@ class Fabric:
         self._links: dict[GroupId, Transport] = {}
         self._incarnations: dict[GroupId, str] = {}
         self._owner_LE: list[Owners] = []
+        self._last_owner_LE: list[Owners] = []
         self._reconnects: dict[GroupId, int] = {}
         self._progress_s = clock()
         self._stop = threading.Event()
@@ -86,6 +87,10 @@ class Fabric:
                     np.array([groups[0] if groups else -1 for groups in experts], dtype=np.int64)
                     for experts in membership.table.owners
                 ]
+                known = self._last_owner_LE or self._owner_LE
+                self._last_owner_LE = [
+                    np.where(now >= 0, now, then) for now, then in zip(self._owner_LE, known, strict=True)
+                ]
             self._membership = membership
             for group in [g for g in self._links if self._stale(g)]:
                 self._drop(group)
@@ -121,6 +126,11 @@ class Fabric:
         """The table in use, and the group of each logical expert of the layer, int64 [E] (-1: no living copy)."""
         with self._lock:
             return self._membership.table, self._owner_LE[layer]
+
+    def last_owner(self, layer: int, expert: int) -> GroupId:
+        """The group that holds an expert, or held it last; 0 if nobody ever did."""
+        with self._lock:
+            return max(0, int(self._last_owner_LE[layer][expert]))
 
     def link(self, group: GroupId) -> Transport:
         """The link to a group; made when there is none.

@@ -56,12 +56,17 @@ class LayerRows(NamedTuple):
 class LayerReply(NamedTuple):
     """``partial_TH`` (fp32): per row the weighted sum of this group's experts. Times by the group's own clock.
 
+    ``load_s``: seconds that the call waited for weights that were not in memory; ``compute_s`` is without them.
+    ``load_expert`` is the logical expert that took longest, ``load_bytes`` are of all that were loaded.
     ``partial_TH`` may lie in memory that the link uses again once the tensor is gone: read it, do not write to it.
     """
 
     partial_TH: torch.Tensor
     queue_s: float = 0.0
     compute_s: float = 0.0
+    load_s: float = 0.0
+    load_expert: int = -1
+    load_bytes: int = 0
 
 
 class PendingReply:
@@ -122,8 +127,12 @@ class PendingReply:
         return self._done
 
     def compute_s(self) -> float:
-        """What the reply says of computing; 0 while there is none."""
-        return 0.0 if self._reply is None else self._reply.compute_s
+        """What the reply says of computing, loads included; 0 while there is none."""
+        return 0.0 if self._reply is None else self._reply.compute_s + self._reply.load_s
+
+    def load_s(self) -> float:
+        """What the reply says of loads; 0 while there is none."""
+        return 0.0 if self._reply is None else self._reply.load_s
 
     def wait(self, deadline: Deadline) -> LayerReply:
         """The reply. One thread waits.

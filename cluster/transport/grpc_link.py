@@ -195,16 +195,17 @@ class GrpcTransport:
         Raises:
             ExpertMeshError: the frame, or the payload that it announces, cannot be had: the link is of no use any more.
         """
-        call_id, queue_s, compute_s, _ = decode_times(frame)
+        call_id, queue_s, compute_s, _, load_s, load_bytes, expert = decode_times(frame)
+        said = (queue_s, compute_s, load_s, expert, load_bytes)
         pending = self._waiting.pop(call_id, None)
         if pending is None:
             return  # answered twice
         shape = pending.shape
         try:
             if frame.startswith(good_reply(shape, Placement.INLINE)):
-                pending.resolve(LayerReply(reply_rows(frame, shape), queue_s, compute_s))
+                pending.resolve(LayerReply(reply_rows(frame, shape), *said))
             elif frame.startswith(good_reply(shape, Placement.ANNOUNCED)) and self._payload is not None:
-                pending.resolve(LayerReply(self._payload.receive(torch.float32, shape), queue_s, compute_s))
+                pending.resolve(LayerReply(self._payload.receive(torch.float32, shape), *said))
             else:
                 raise_for_status(decode_reply_head(frame), frame, self.group, pending.call.layer, shape)
                 raise LinkBroken(f"group {self.group} announced a payload on a link without process groups")

@@ -39,9 +39,10 @@ class ReplyStatus(enum.IntEnum):
     UNAVAILABLE = 7
 
 
-# kind, status, placement, 0; T, H; call_id, then seconds by the group's clock: queue, compute, and when it answered
-_REPLY = struct.Struct("<4B2IQ3d4x")
-_REPLY_TIMES = struct.Struct("<Q3d")
+# kind, status, placement, 0; T, H; call_id, then seconds by the group's clock: queue, compute, when it answered, and
+# waiting for weights; bytes of these weights, and the expert that took longest (-1: none).
+_REPLY = struct.Struct("<4B2IQ4dQi4x")
+_REPLY_TIMES = struct.Struct("<Q4dQi")
 _REPLY_FORM_BYTES = 12
 
 
@@ -56,13 +57,29 @@ class ReplyHead(NamedTuple):
     queue_s: float
     compute_s: float
     answered_s: float
+    load_s: float
+    load_bytes: int
+    load_expert: int
 
 
 def reply_header(call_id: int, reply: LayerReply, placement: Placement, answered_s: float = 0.0) -> bytes:
     """The header of a good reply."""
-    partial_TH, queue_s, compute_s = reply
+    partial_TH, queue_s, compute_s, load_s, expert, num_bytes = reply
+    rows, width = partial_TH.shape
     return _REPLY.pack(
-        _KIND_REPLY, _STATUS_OK, placement, 0, *partial_TH.shape, call_id, queue_s, compute_s, answered_s
+        _KIND_REPLY,
+        _STATUS_OK,
+        placement,
+        0,
+        rows,
+        width,
+        call_id,
+        queue_s,
+        compute_s,
+        answered_s,
+        load_s,
+        num_bytes,
+        expert,
     )
 
 
@@ -83,7 +100,7 @@ def encode_error(call_id: int, error: ExpertMeshError) -> bytes:
             if isinstance(error, kind):
                 status = code
                 break
-    return _REPLY.pack(Kind.REPLY, status, 0, 0, 0, 0, call_id, 0.0, 0.0, 0.0) + tail
+    return _REPLY.pack(Kind.REPLY, status, 0, 0, 0, 0, call_id, 0.0, 0.0, 0.0, 0.0, 0, -1) + tail
 
 
 _ERROR_STATUS: tuple[tuple[type[ExpertMeshError], ReplyStatus], ...] = (
@@ -106,8 +123,8 @@ def good_reply(shape: tuple[int, int], placement: Placement) -> bytes:
     return reply_header(0, LayerReply(torch.empty(shape, device="meta")), placement)[:_REPLY_FORM_BYTES]
 
 
-def decode_times(frame: bytes | memoryview) -> tuple[int, float, float, float]:
-    """Call id, queue, compute and answer seconds of a reply, good or not.
+def decode_times(frame: bytes | memoryview) -> tuple[int, float, float, float, float, int, int]:
+    """Call id; queue, compute, answer and load seconds; bytes and expert of the load: of a reply, good or not.
 
     Raises:
         InvalidArgument: the frame is too short for a reply.
@@ -125,12 +142,10 @@ def decode_reply_head(frame: bytes | bytearray | memoryview) -> ReplyHead:
     """
     if len(frame) < _REPLY.size:
         raise InvalidArgument("frame", len(frame), f"a reply has at least {_REPLY.size} bytes")
-    _, status, placement, _, num_tokens, hidden_size, call_id, queued, computed, answered = _REPLY.unpack_from(frame)
+    _, status, placement, _, num_tokens, hidden_size, call_id, *times = _REPLY.unpack_from(frame)
     if status not in _STATUSES or placement not in PLACEMENTS:
         raise InvalidArgument("status", (status, placement), "unknown status or placement")
-    return ReplyHead(
-        call_id, _STATUSES[status], PLACEMENTS[placement], num_tokens, hidden_size, queued, computed, answered
-    )
+    return ReplyHead(call_id, _STATUSES[status], PLACEMENTS[placement], num_tokens, hidden_size, *times)
 
 
 def raise_for_status(

@@ -307,7 +307,7 @@ class ShmTransport:
 
     def _deliver(self, frame: memoryview, began_s: float) -> None:
         try:
-            call_id, queue_s, compute_s, answered_s = decode_times(frame)
+            call_id, queue_s, compute_s, answered_s, load_s, load_bytes, expert = decode_times(frame)
         except InvalidArgument as exc:
             self._break(LinkBroken(f"group {self.group} sent no reply: {exc}"))
             return
@@ -321,7 +321,8 @@ class ShmTransport:
             # Both clocks are one: an answer that lay in the socket before anybody read came when the group says.
             if not pending.sent_s <= answered_s < began_s:
                 answered_s = self.clock()
-            pending.resolve(LayerReply(partial_TH, queue_s, compute_s), answered_s)
+            reply = LayerReply(partial_TH, queue_s, compute_s, load_s, expert, load_bytes)
+            pending.resolve(reply, answered_s)
         else:
             try:
                 raise_for_status(decode_reply_head(frame), frame, self.group, pending.call.layer, pending.slot.shape)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cluster.api.convert import ModelLimits, to_request
-from cluster.api.frontend import trace_id
+from cluster.api.tracing import TraceContext
 from cluster.errors import InvalidArgument
 from cluster.rpc.v1 import inference_pb2 as pb
 from tests.unit.test_text import BYTES
@@ -15,7 +15,7 @@ IDS = pb.TokenIds(ids=[3, 4])
 
 
 def convert(message: pb.GenerateRequest, left_s: float | None = None, tokenizer: object = BYTES):  # type: ignore[no-untyped-def]
-    return to_request(message, LIMITS, tokenizer, left_s, "t" * 32)  # type: ignore[arg-type]
+    return to_request(message, LIMITS, tokenizer, left_s, TraceContext("t" * 32, "s" * 16))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_defaults_and_limits() -> None:
 
 
 def test_the_clients_trace_id_is_kept_and_a_bad_one_replaced() -> None:
-    assert trace_id({"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}) == "ab" * 16
+    assert TraceContext.of({"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}).trace_id == "ab" * 16
     for bad in ({}, {"traceparent": "00-zz-1-01"}, {"traceparent": f"00-{'00' * 16}-{'cd' * 8}-01"}):
-        made = trace_id(bad)
+        made = TraceContext.of(bad).trace_id
         assert len(made) == 32
         assert int(made, 16) != 0

@@ -12,7 +12,8 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.core import Deadline, FinishReason, Request, SamplingParams, StopParams
-from cluster.engine.engine import Engine, EngineStats, TokenEvent
+from cluster.engine.engine import Engine
+from cluster.engine.events import EngineStats, TokenEvent
 from cluster.engine.text import Tokenizer
 from cluster.errors import (
     Cancelled,
@@ -104,7 +105,7 @@ def test_requests_share_steps_and_each_gets_its_own_tokens() -> None:
         tokens, last = collect(events)
         assert tokens == [start + i for i in (1, 2, 3, 4)]
         assert last.finish is FinishReason.LENGTH
-        assert last.ledger is not None
+        assert last.account is not None
     stats = target.stats()
     assert (stats.max_batch, stats.finished, stats.running, stats.waiting) == (4, 4, 0, 0)
     target.close()

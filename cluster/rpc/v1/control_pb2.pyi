@@ -34,6 +34,89 @@ class StatusRequest(_message.Message):
 Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 
 @_typing.final
+class SetTracingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ON_FIELD_NUMBER: _builtins.int
+    on: _builtins.bool
+    """New requests are traced."""
+    def __init__(
+        self,
+        *,
+        on: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on", b"on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTracingRequest: _TypeAlias = SetTracingRequest  # noqa: Y015
+
+@_typing.final
+class SetTracingReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_ON_FIELD_NUMBER: _builtins.int
+    was_on: _builtins.bool
+    """How it was before."""
+    def __init__(
+        self,
+        *,
+        was_on: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_on", b"was_on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTracingReply: _TypeAlias = SetTracingReply  # noqa: Y015
+
+@_typing.final
+class TelemetryStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACES_FIELD_NUMBER: _builtins.int
+    TRACING_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    SPANS_CREATED_FIELD_NUMBER: _builtins.int
+    SPANS_EXPORTED_FIELD_NUMBER: _builtins.int
+    SPANS_DROPPED_FIELD_NUMBER: _builtins.int
+    SPANS_WAITING_FIELD_NUMBER: _builtins.int
+    tracing: _builtins.bool
+    """They are switched on."""
+    metrics_address: _builtins.str
+    """HOST:PORT of the Prometheus endpoint; empty without."""
+    spans_created: _builtins.int
+    """Spans of the router since its start: made, exported, lost, and not exported yet."""
+    spans_exported: _builtins.int
+    spans_dropped: _builtins.int
+    spans_waiting: _builtins.int
+    @_builtins.property
+    def traces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where traces go: "otlp", "file", both, or nowhere."""
+
+    def __init__(
+        self,
+        *,
+        traces: _abc.Iterable[_builtins.str] | None = ...,
+        tracing: _builtins.bool = ...,
+        metrics_address: _builtins.str = ...,
+        spans_created: _builtins.int = ...,
+        spans_exported: _builtins.int = ...,
+        spans_dropped: _builtins.int = ...,
+        spans_waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_address", b"metrics_address", "spans_created", b"spans_created", "spans_dropped", b"spans_dropped", "spans_exported", b"spans_exported", "spans_waiting", b"spans_waiting", "traces", b"traces", "tracing", b"tracing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TelemetryStatus: _TypeAlias = TelemetryStatus  # noqa: Y015
+
+@_typing.final
 class ProcessStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -320,6 +403,7 @@ class StatusReply(_message.Message):
     LOOPS_FIELD_NUMBER: _builtins.int
     TRUNK_BYTES_FIELD_NUMBER: _builtins.int
     EXPERT_DTYPE_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"starting", "serving" or "draining"."""
     arch: _builtins.str
@@ -347,6 +431,10 @@ class StatusReply(_message.Message):
     def engine(self) -> Global___EngineStatus: ...
     @_builtins.property
     def loops(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoopStatus]: ...
+    @_builtins.property
+    def telemetry(self) -> Global___TelemetryStatus:
+        """Traces and metrics of the router."""
+
     def __init__(
         self,
         *,
@@ -364,10 +452,11 @@ class StatusReply(_message.Message):
         loops: _abc.Iterable[Global___LoopStatus] | None = ...,
         trunk_bytes: _builtins.int = ...,
         expert_dtype: _builtins.str = ...,
+        telemetry: Global___TelemetryStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "router", b"router"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "router", b"router", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "telemetry", b"telemetry", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

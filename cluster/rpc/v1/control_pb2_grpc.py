@@ -39,6 +39,11 @@ class ControlStub:
                 request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.StatusRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.SetTracing = channel.unary_unary(
+                '/cluster.rpc.v1.Control/SetTracing',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -51,6 +56,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTracing(self, request, context):
+        """Switches traces on or off while the router runs; where they go is set at its start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +70,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.StatusRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.StatusReply.SerializeToString,
+            ),
+            'SetTracing': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTracing,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +104,33 @@ class Control:
             '/cluster.rpc.v1.Control/Status',
             cluster_dot_rpc_dot_v1_dot_control__pb2.StatusRequest.SerializeToString,
             cluster_dot_rpc_dot_v1_dot_control__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTracing(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.rpc.v1.Control/SetTracing',
+            cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.FromString,
             options,
             channel_credentials,
             insecure,

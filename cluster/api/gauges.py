@@ -1,0 +1,66 @@
+"""What a router is asked for by whoever reads its metrics: groups, balance, engine, loops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.engine.engine import Engine
+from cluster.routing.fabric import Fabric
+from cluster.telemetry.metrics import Gauge
+
+Values = list[tuple[Mapping[str, str], float]]
+
+
+def router_gauges(fabric: Fabric, engine: Engine) -> list[Gauge]:
+    """Gauges and counters over a router's state, read when somebody looks."""
+
+    def healthy() -> Values:
+        states = fabric.link_states()
+        found: Values = []
+        for group in fabric.membership.groups:
+            up = group in states and states[group][0].healthy
+            found.append(({"group": str(group), "transport": states[group][0].kind if up else "none"}, float(up)))
+        return found
+
+    def resident() -> Values:
+        groups = fabric.membership.groups.values()
+        return [({"group": str(info.group)}, float(sum(map(len, info.holdings)))) for info in groups]
+
+    def load_ratio() -> Values:
+        tokens = [item.tokens for item in engine.totals().groups()]
+        return [({}, max(tokens) * len(tokens) / sum(tokens))] if sum(tokens) else []
+
+    def stages() -> Values:
+        return [({"part": name}, seconds) for name, seconds in engine.spent().items()]
+
+    def blocks() -> Values:
+        stats = engine.stats()
+        cached = stats.kv_blocks - stats.kv_blocks_used - stats.kv_blocks_free
+        return [
+            ({"state": "used"}, float(stats.kv_blocks_used)),
+            ({"state": "cached"}, float(cached)),
+            ({"state": "free"}, float(stats.kv_blocks_free)),
+        ]
+
+    def sequences() -> Values:
+        stats = engine.stats()
+        return [({"state": "running"}, float(stats.running)), ({"state": "waiting"}, float(stats.waiting))]
+
+    def ages() -> Values:
+        return [
+            ({"loop": "engine"}, engine.progress_age_s()),
+            ({"loop": "fabric"}, fabric.progress_age_s()),
+            ({"loop": "coordinator"}, fabric.membership.progress_age_s),
+        ]
+
+    return [
+        Gauge("moe.group.healthy", "1", "A link to the group is up.", healthy),
+        Gauge("moe.expert.resident", "{expert}", "Experts that the group holds in memory.", resident),
+        Gauge("moe.expert.load_ratio", "1", "Tokens of the busiest group over the mean of all.", load_ratio),
+        Gauge("moe.step.time", "s", "Seconds of all steps, by part.", stages, counts=True),
+        Gauge("moe.steps", "{step}", "Steps.", lambda: [({}, float(engine.stats().steps))], counts=True),
+        Gauge("moe.kv.blocks", "{block}", "Blocks of the key-value cache.", blocks),
+        Gauge("moe.sequences", "{sequence}", "Requests in the batch, and waiting for a place.", sequences),
+        Gauge("moe.preemptions", "{sequence}", "Lost places.", lambda: [({}, float(engine.stats().preemptions))], True),
+        Gauge("moe.loop.last_progress.age", "s", "Since a background loop's last progress.", ages),
+    ]

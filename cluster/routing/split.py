@@ -1,0 +1,93 @@
+"""Splits one layer's tokens by group, and adds the groups' rows together again. Pure array work."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.core import GroupId
+from cluster.errors import ExpertMeshError
+from cluster.transport.base import LayerRows, PendingReply, Transport
+from cluster.transport.codec import max_rows
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(slots=True)
+class Part:
+    """One group's share of a layer: rows of the layer's batch (None: all of them), and pairs that index into these."""
+
+    group: GroupId
+    row_index: torch.Tensor | None
+    rows: LayerRows
+    link: Transport | None = None
+    pending: PendingReply | None = None
+    error: ExpertMeshError | None = None
+    failed: str = ""
+    """Why the call was sent again."""
+
+
+def split(
+    owner_E: Ints,
+    hidden_TH: torch.Tensor,
+    rows_P: Ints,
+    experts_P: Ints,
+    weight_P: Floats,
+    experts_per_token: int,
+) -> list[Part]:
+    """Parts in group order; a part of group -1 has no living copy. ``owner_E`` is the group of each logical expert,
+    and pair p wants expert ``experts_P[p]`` on row ``rows_P[p]``; ``rows_P`` ascends."""
+    owner_P = owner_E[experts_P]
+    limit = max_rows(hidden_TH.shape[1], experts_per_token)
+    parts = []
+    if owner_P.size:
+        num_rows, group = hidden_TH.shape[0], int(owner_P[0])
+        # One group for everything, as where groups live in this process: nothing to sort out.
+        whole = num_rows <= limit and rows_P.size == num_rows * experts_per_token
+        if whole and bool((owner_P == group).all()):
+            return [Part(group, None, LayerRows.of(hidden_TH, rows_P, experts_P, weight_P))]
+    for group, pairs in _by_value(owner_P):
+        row_P = rows_P[pairs]
+        starts = np.ones(row_P.size, dtype=bool)
+        np.not_equal(row_P[1:], row_P[:-1], out=starts[1:])
+        row_index, pair_row = row_P[starts], np.cumsum(starts) - 1
+        for first in range(0, row_index.size, limit):
+            chunk, inside = row_index[first : first + limit], slice(None)
+            if row_index.size > limit:
+                inside = slice(*np.searchsorted(pair_row, (first, first + limit)))
+            index = torch.from_numpy(chunk) if chunk.size != hidden_TH.shape[0] else None
+            chosen = pairs[inside]
+            rows = LayerRows.of(
+                hidden_TH if index is None else hidden_TH[index],
+                pair_row[inside] - first,
+                experts_P[chosen],
+                weight_P[chosen],
+            )
+            parts.append(Part(group, index, rows))
+    return parts
+
+
+def _by_value(values_P: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each value that occurs, ascending, with the indices where it does, ascending."""
+    if not values_P.size:
+        return
+    order_P = np.argsort(values_P, kind="stable")
+    sorted_P = values_P[order_P]
+    edges = [0, *(np.flatnonzero(sorted_P[1:] != sorted_P[:-1]) + 1).tolist(), sorted_P.size]
+    for first, last in itertools.pairwise(edges):
+        yield int(sorted_P[first]), order_P[first:last]
+
+
+def add_rows(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torch.Tensor) -> None:
+    """Adds rows to the rows of ``total_TH`` that they belong to (None: all)."""
+    partial_TH = partial_TH.to(total_TH.device)
+    if row_index is None:
+        total_TH.add_(partial_TH)
+    else:
+        total_TH.index_add_(0, row_index.to(total_TH.device), partial_TH)
