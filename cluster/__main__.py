@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster import __version__
-from cluster.commands import bench, bench_engine, bench_serve, demo, generate, serve, status, verify, zoo
+from cluster.commands import bench, bench_engine, bench_serve, demo, generate, serve, status, trace, verify, zoo
 from cluster.commands.common import Stopped, stderr, stdout
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError, InvalidArgument
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 zoo_app = typer.Typer(help="Random-weight checkpoints of every architecture that is tested.", no_args_is_help=True)
+trace_app = typer.Typer(help="Traces in the embedded store: where requests spent their time.", no_args_is_help=True)
 bench_app = typer.Typer(help="Benchmarks: ratios to a floor that is measured in the same run.", no_args_is_help=True)
 
 
@@ -46,6 +47,26 @@ app.command(epilog=_examples("expertmesh demo", 'expertmesh demo --prompt "And G
 zoo_app.command("list")(zoo.zoo_list)
 zoo_app.command("make", epilog=_examples("expertmesh zoo make --arch mixtral --out /tmp/mixtral"))(zoo.zoo_make)
 app.add_typer(zoo_app, name="zoo")
+trace_app.command("list", epilog=_examples("expertmesh trace list", "expertmesh trace list --slowest --last 5"))(
+    trace.trace_list
+)
+trace_app.command(
+    "show", epilog=_examples("expertmesh trace show 4bf92f35", "expertmesh trace show 4bf92f35 --svg t.svg")
+)(trace.trace_show)
+trace_app.command(
+    "blame", epilog=_examples("expertmesh trace blame", "expertmesh trace blame --last 500 --quantile 0.95")
+)(trace.trace_blame)
+trace_app.command(
+    "export",
+    epilog=_examples(
+        "expertmesh trace export 4bf92f35 --out trace.json",
+        "expertmesh trace export 4bf92f35 --format otlp --out t.json",
+    ),
+)(trace.trace_export)
+trace_app.command(
+    "switch", epilog=_examples("expertmesh trace switch off", "expertmesh trace switch on --server 127.0.0.1:9000")
+)(trace.trace_switch)
+app.add_typer(trace_app, name="trace")
 bench_app.command(
     "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
 )(bench.dispatch)

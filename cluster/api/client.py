@@ -1,14 +1,14 @@
-"""A client of the gRPC API: typed errors instead of statuses, a fresh trace for every request."""
+"""A client of the gRPC API: typed errors instead of statuses, and with a tracer a trace for every request."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import grpc
 
+from cluster.api.client_tracing import ClientTracer
 from cluster.errors import ERROR_BY_CODE, ConfigError, ExpertMeshError, InternalError
 from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -22,13 +22,16 @@ class Refused(ExpertMeshError):
 
 
 class Client:
-    """One channel to one router. Use as a context manager.
+    """One channel to one router. Use as a context manager. With a ``tracer`` traces begin here.
 
     Methods raise `ExpertMeshError`: Unavailable when nobody listens, Refused for bad input, and so on.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, timeout_s: float = 600.0, tracer: ClientTracer | None = None
+    ) -> None:
         self.address, self._timeout_s = address, timeout_s
+        self._tracer = None if tracer is None or tracer.off else tracer
         options = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
         self._channel = grpc.insecure_channel(address, options=options)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
@@ -42,16 +45,32 @@ class Client:
     ) -> None:
         self._channel.close()
 
-    def generate(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateChunk]:
-        """Chunks as they come. Closing the iterator cancels the request."""
-        traceparent = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
-        call = self._inference.Generate(request, timeout=self._timeout_s, metadata=(("traceparent", traceparent),))
+    def generate(
+        self, request: inference_pb2.GenerateRequest, trace_layers: bool = False
+    ) -> Iterator[inference_pb2.GenerateChunk]:
+        """Chunks as they come. Closing the iterator cancels the request. ``trace_layers`` asks the server for traces of
+        single layers of its first steps."""
+        trace = self._tracer.begin() if self._tracer is not None else None
+        metadata = trace.metadata() if trace is not None else ()
+        if trace_layers:
+            metadata = (*metadata, ("x-moe-trace-detail", "layer"))
+        call = self._inference.Generate(request, timeout=self._timeout_s, metadata=metadata)
+        error = ""
         try:
-            yield from call
+            if trace is None:
+                yield from call
+                return
+            for chunk in call:
+                trace.got(len(chunk.tokens))
+                yield chunk
+                trace.asked()
         except grpc.RpcError as exc:
+            error = exc.code().name
             raise self._typed(exc) from exc
         finally:
             call.cancel()
+            if trace is not None:
+                trace.end(error)
 
     def model_info(self) -> inference_pb2.ModelInfoReply:
         """What is served."""

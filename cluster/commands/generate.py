@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -23,11 +24,15 @@ def generate(
     stop_string: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at the model's end tokens.")] = False,
     deadline_ms: Annotated[int | None, typer.Option(help="Milliseconds the request may take.")] = None,
+    trace_layers: Annotated[
+        bool, typer.Option("--trace-layers", help="Trace single layers of the first steps (see `trace list --all`).")
+    ] = False,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
     """Generate text with a running server."""
     from cluster.api.client import Client, text_request
+    from cluster.api.client_tracing import ClientTracer
     from cluster.rpc.v1 import inference_pb2
 
     request = text_request(
@@ -45,8 +50,8 @@ def generate(
     )
     text, tokens, last = "", [], inference_pb2.GenerateChunk()
     show = stderr.file if as_json else sys.stdout
-    with Client(server) as client:
-        for chunk in client.generate(request):
+    with closing(ClientTracer.from_environment()) as tracer, Client(server, tracer=tracer) as client:
+        for chunk in client.generate(request, trace_layers):
             text += chunk.text
             tokens += [token.id for token in chunk.tokens]
             last = chunk
