@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from cluster import __version__
-from cluster.commands import bench, bench_engine, bench_serve, demo, generate, serve, status, trace, verify, zoo
+from cluster.commands import (
+    bench,
+    bench_engine,
+    bench_serve,
+    bench_trace,
+    demo,
+    generate,
+    serve,
+    status,
+    trace,
+    verify,
+    zoo,
+)
 from cluster.commands.common import Stopped, stderr, stdout
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError, InvalidArgument
 
@@ -70,6 +82,9 @@ app.add_typer(trace_app, name="trace")
 bench_app.command(
     "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
 )(bench.dispatch)
+bench_app.command(
+    "trace-cost", epilog=_examples("expertmesh bench trace-cost", "expertmesh bench trace-cost --pairs 40 --json")
+)(bench_trace.trace_cost)
 bench_app.command(
     "serve",
     epilog=_examples(

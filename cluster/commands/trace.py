@@ -112,12 +112,11 @@ def trace_export(
 ) -> None:
     """Write one trace as JSON: for Jaeger's UI (tab "JSON File", no backend needed), or as OTLP."""
     from cluster.telemetry.exchange import to_jaeger, to_otlp_json
-    from cluster.telemetry.store import read_store
 
     if form not in ("jaeger", "otlp"):
         raise InvalidArgument("--format", form, "must be jaeger or otlp")
     trace = _find(trace_id, store)
-    found = to_jaeger(trace) if form == "jaeger" else to_otlp_json(read_store(_directory(store)), trace.trace_id)
+    found = to_jaeger(trace) if form == "jaeger" else to_otlp_json(trace)
     out.write_text(json.dumps(found), encoding="utf-8")
     if as_json:
         emit({"trace_id": trace.trace_id, "format": form, "spans": len(trace.spans), "out": str(out)})

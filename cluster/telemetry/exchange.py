@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from google.protobuf.json_format import MessageToDict
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from cluster.telemetry.traces import SpanView, TraceView
 
 _KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
 _TYPES = ((bool, "bool"), (int, "int64"), (float, "float64"))  # in this order: a bool is an int
-_IDS = ("traceId", "spanId", "parentSpanId")
+_IS_REMOTE_KNOWN, _IS_REMOTE, _STATUS_ERROR = 0x100, 0x200, 2
 
 
 def to_jaeger(trace: TraceView) -> dict[str, Any]:
@@ -66,28 +62,54 @@ def _tags(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def to_otlp_json(messages: Iterable[ExportTraceServiceRequest], trace_id: str) -> dict[str, Any]:
-    """One OTLP object with the spans of one trace: ids in hex, nanoseconds as strings, as OTLP's JSON has them."""
-    wanted = bytes.fromhex(trace_id)
-    found = ExportTraceServiceRequest()
-    for message in messages:
-        for resource_spans in message.resource_spans:
-            for scope_spans in resource_spans.scope_spans:
-                spans = [span for span in scope_spans.spans if span.trace_id == wanted]
-                if spans:
-                    kept = found.resource_spans.add(resource=resource_spans.resource)
-                    kept.scope_spans.add(scope=scope_spans.scope, spans=spans)
-    result: dict[str, Any] = MessageToDict(found, use_integers_for_enums=True)
-    for resource_spans_json in result.get("resourceSpans", []):
-        for scope_spans_json in resource_spans_json["scopeSpans"]:
-            for span_json in scope_spans_json["spans"]:
-                _hex_ids(span_json)
-                for link in span_json.get("links", []):
-                    _hex_ids(link)
-    return result
+def to_otlp_json(trace: TraceView) -> dict[str, Any]:
+    """The trace as one OTLP object: ids in hex, 64-bit numbers as strings, as OTLP's JSON has them."""
+    by_process: dict[str, list[SpanView]] = {}
+    for span in trace.spans:
+        by_process.setdefault(str(span.resource.get("service.instance.id", span.service)), []).append(span)
+    return {
+        "resourceSpans": [
+            {
+                "resource": {"attributes": _attributes(spans[0].resource)},
+                "scopeSpans": [{"scope": {"name": "expertmesh"}, "spans": [_otlp_span(span) for span in spans]}],
+            }
+            for spans in by_process.values()
+        ]
+    }
 
 
-def _hex_ids(item: dict[str, Any]) -> None:
-    for name in _IDS:
-        if name in item:
-            item[name] = base64.b64decode(item[name]).hex()
+def _otlp_span(span: SpanView) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "traceId": span.trace_id,
+        "spanId": span.span_id,
+        "name": span.name,
+        "kind": span.kind,
+        "startTimeUnixNano": str(span.start_ns),
+        "endTimeUnixNano": str(span.end_ns),
+        "attributes": _attributes(span.attributes),
+        "flags": _IS_REMOTE_KNOWN | (_IS_REMOTE if span.remote_parent else 0) | 1,
+        "status": {} if span.error is None else {"code": _STATUS_ERROR, "message": span.error},
+    }
+    if span.parent_id:
+        found["parentSpanId"] = span.parent_id
+    if span.events:
+        found["events"] = [{"name": name, "timeUnixNano": str(at_ns)} for name, at_ns in span.events]
+    if span.links:
+        found["links"] = [{"traceId": other, "spanId": span_id} for other, span_id in span.links]
+    return found
+
+
+def _attributes(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"key": key, "value": _any_value(value)} for key, value in values.items()]
+
+
+def _any_value(value: Any) -> dict[str, Any]:
+    if isinstance(value, bool):
+        return {"boolValue": value}
+    if isinstance(value, int):
+        return {"intValue": str(value)}
+    if isinstance(value, float):
+        return {"doubleValue": value}
+    if isinstance(value, (list, tuple)):
+        return {"arrayValue": {"values": [_any_value(item) for item in value]}}
+    return {"stringValue": str(value)}

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 
 class Stage(enum.Enum):
-    """Where time can go. The value is the name that users see; ARCHITECTURE.md says what each covers."""
+    """Where time can go. The value is the name that users see; ARCHITECTURE.md says what each covers.
+
+    ``at`` is its place in a ledger: among the router's own stages, or in a group's row. An attribute, since members of
+    enumerations hash in Python, which takes longer than all the rest of booking.
+    """
+
+    at: int
+    of_group: bool
 
     TOKENIZE = "tokenize"
     QUEUE = "queue"
@@ -48,8 +55,11 @@ GROUP_STAGES = (
 """Time that the router waits for a group."""
 OWN_STAGES = tuple(stage for stage in Stage if stage not in GROUP_STAGES)
 
-_OWN = {stage: index for index, stage in enumerate(OWN_STAGES)}
-_THEIRS = {stage: index for index, stage in enumerate(GROUP_STAGES)}
+for _stages in (OWN_STAGES, GROUP_STAGES):
+    for _index, _stage in enumerate(_stages):
+        _stage.at, _stage.of_group = _index, _stages is GROUP_STAGES
+_NAMES = tuple((stage.value, stage) for stage in Stage)
+_GROUP_NAMES = tuple((stage.at, stage.value) for stage in GROUP_STAGES)
 # A group's row: seconds of its stages, then what it was asked for, then seconds by layer.
 _CALLS, _TOKENS, _BYTES = range(len(GROUP_STAGES), len(GROUP_STAGES) + 3)
 _LAYERS = _BYTES + 1
@@ -79,7 +89,7 @@ class Ledger:
     __slots__ = ("_groups", "_own")
 
     def __init__(self) -> None:
-        self._own = [0.0] * len(_OWN)
+        self._own = [0.0] * len(OWN_STAGES)
         self._groups: list[list[float]] = []
 
     # -- the hot path ----------------------------------------------------------------------------------------------
@@ -87,13 +97,13 @@ class Ledger:
     def add(self, stage: Stage, seconds: float) -> None:
         """Adds to one of the router's own stages. Negative seconds count as 0: two threads' clock reads may cross."""
         if seconds > 0:
-            self._own[_OWN[stage]] += seconds
+            self._own[stage.at] += seconds
 
     def wait(self, group: int, layer: int, stage: Stage, seconds: float) -> None:
         """Adds time that a layer waited for a group; ``stage`` is one of `GROUP_STAGES`."""
         if seconds > 0:
             row = self._row(group)
-            row[_THEIRS[stage]] += seconds
+            row[stage.at] += seconds
             at = _LAYERS + layer
             if at >= len(row):
                 row.extend([0.0] * (at + 1 - len(row)))
@@ -149,14 +159,12 @@ class Ledger:
 
     def seconds(self, stage: Stage) -> float:
         """Of one stage, all groups together."""
-        if stage in _OWN:
-            return self._own[_OWN[stage]]
-        at = _THEIRS[stage]
-        return sum(row[at] for row in self._groups)
+        at = stage.at
+        return sum([row[at] for row in self._groups]) if stage.of_group else self._own[at]
 
     def items(self) -> Iterable[tuple[str, float]]:
         """(name, seconds) of every stage, in the order a request meets them."""
-        return ((stage.value, self.seconds(stage)) for stage in Stage)
+        return [(name, self.seconds(stage)) for name, stage in _NAMES]
 
     def spent(self) -> dict[str, float]:
         """Stages that took any time."""
@@ -174,7 +182,7 @@ class Ledger:
                 continue
             layers = row[_LAYERS:]
             worst = max(range(len(layers)), key=layers.__getitem__) if any(layers) else -1
-            seconds = {stage.value: row[at] for stage, at in _THEIRS.items() if row[at] > 0}
+            seconds = {name: row[at] for at, name in _GROUP_NAMES if row[at] > 0}
             worst_s = layers[worst] if worst >= 0 else 0.0
             counts = (round(row[_CALLS]), round(row[_TOKENS]), round(row[_BYTES]))
             found.append(GroupSpent(number, seconds, *counts, worst, worst_s))

@@ -6,12 +6,12 @@ its first token), and nothing is recorded while work goes on. Span tree and name
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -26,6 +26,7 @@ from cluster.telemetry.steps import StepDetail, new_span_id, new_trace_id
 
 MAX_GROUPS, MAX_LINKS, MAX_LAYER_SPANS = 16, 128, 512
 MAX_TEXT = 4096
+WINDOW_PARTS = 3
 MIN_NS = 1_000
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _SCOPE = InstrumentationScope("expertmesh", __version__)
@@ -43,11 +44,25 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+class _Same(Resource):
+    """A resource that hashes fast: the encoder asks each span's, and the SDK's makes JSON of itself each time."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__(resource.attributes, resource.schema_url)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or super().__eq__(other)
+
+
 class SpanMaker:
     """Spans of one process. ``model`` is named in them."""
 
     def __init__(self, resource: Resource, model: str = "") -> None:
-        self._resource, self._model = resource, model
+        self._resource, self._model = _Same(resource), model
 
     def span(
         self,
@@ -65,14 +80,19 @@ class SpanMaker:
     ) -> ReadableSpan:
         """One span. It lasts a microsecond at least; attributes that are not finite are left out."""
         trace_id = int(ref.trace_id, 16)
+        kept: Attributes = {}
+        for key, value in attributes.items():
+            if isinstance(value, str):
+                kept[key] = clean(value)
+            elif not isinstance(value, float) or math.isfinite(value):
+                kept[key] = value
         above = SpanContext(trace_id, int(parent, 16), remote, _SAMPLED) if parent else None
-        kept = {key: clean(value) if isinstance(value, str) else value for key, value in attributes.items()}
         return ReadableSpan(
             name=name,
             context=SpanContext(trace_id, int(ref.span_id, 16), False, _SAMPLED),
             parent=above,
             resource=self._resource,
-            attributes={k: v for k, v in kept.items() if not (isinstance(v, float) and not math.isfinite(v))},
+            attributes=kept,
             events=events,
             links=links,
             kind=kind,
@@ -167,8 +187,9 @@ class SpanMaker:
         gaps = account.gaps_s()
         attributes: Attributes = {"moe.tokens": len(account.tokens), **_times(account.decode.spent())}
         if gaps:
-            p50, p99 = np.quantile(gaps, (0.5, 0.99)).tolist()
-            attributes |= {"moe.tpot.p50": p50, "moe.tpot.p99": p99, "moe.tpot.max": max(gaps)}
+            gaps.sort()
+            p50, p99 = gaps[len(gaps) // 2], gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))]
+            attributes |= {"moe.tpot.p50": p50, "moe.tpot.p99": p99, "moe.tpot.max": gaps[-1]}
         first = Event("first_token", timestamp=tree.ns(account.first_token_s))
         decode = tree.add("moe.decode", above, account.first_token_s, ended_s, attributes, events=(first,))
         for window in account.windows:
@@ -182,7 +203,7 @@ class SpanMaker:
                     "moe.gap.max": window.max_gap_s,
                     "moe.worst.group": window.group,
                     "moe.worst.layer": window.layer,
-                    **_times(window.seconds),
+                    **_times(dict(heapq.nlargest(WINDOW_PARTS, window.seconds.items(), key=lambda item: item[1]))),
                 },
             )
         self._batches(tree, decode, account.first_token_s, account.decode)
@@ -201,7 +222,6 @@ class SpanMaker:
                 "moe.calls": sum(item.calls for item in rest),
                 "moe.tokens": sum(item.tokens for item in rest),
                 "moe.bytes": sum(item.num_bytes for item in rest),
-                "moe.aggregated": True,
             }
             tree.add("moe.expert_batch", above, start_s, start_s + sum(item.total_s for item in rest), attributes)
 
@@ -313,7 +333,6 @@ def _group_attributes(item: GroupSpent) -> Attributes:
         "moe.bytes": item.num_bytes,
         "moe.worst.layer": item.worst_layer,
         "moe.worst.layer.seconds": item.worst_layer_s,
-        "moe.aggregated": True,
         **_times(item.seconds),
     }
 

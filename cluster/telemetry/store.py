@@ -1,34 +1,34 @@
 """The embedded store: traces in a directory of bounded size, for everybody who has no collector.
 
-Segments are files of length-prefixed OTLP messages (`ExportTraceServiceRequest`); every process writes its own, and
-readers put traces together. The oldest segments are removed first. A segment that was cut off by a crash is read up to
-there.
+Segments are files of JSON lines, each a batch of spans of one process (encoding the same as protobuf takes Python five
+times as long); every process writes its own, and readers put traces together. The oldest segments are removed first. A
+line that was cut off by a crash is left out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-import struct
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from google.protobuf.message import DecodeError
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
+
+from cluster.telemetry.traces import SpanView
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".otlp"
+SUFFIX = ".jsonl"
 SEGMENTS = 16
 """A store has about so many full segments; one is lost at a time."""
-_LENGTH = struct.Struct("<I")
+_KINDS = {SpanKind.INTERNAL: 1, SpanKind.SERVER: 2, SpanKind.CLIENT: 3, SpanKind.PRODUCER: 4, SpanKind.CONSUMER: 5}
 
 
 def default_store() -> Path:
@@ -53,17 +53,20 @@ class StoreExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Appends the spans to the segment that is open."""
-        data = encode_spans(spans).SerializeToString()
+        if not spans:
+            return SpanExportResult.SUCCESS
+        batch = {"resource": dict(spans[0].resource.attributes), "spans": [_plain(span) for span in spans]}
+        data = json.dumps(batch, separators=(",", ":")).encode() + b"\n"
         try:
             if self._file is None or self._size + len(data) > self._segment_bytes:
                 self._new_segment()
             assert self._file is not None
-            self._file.write(_LENGTH.pack(len(data)) + data)
+            self._file.write(data)
             self._file.flush()
         except OSError as exc:
             log.warning("the trace store %s cannot be written: %s", self._directory, exc)
             return SpanExportResult.FAILURE
-        self._size += len(data) + _LENGTH.size
+        self._size += len(data)
         return SpanExportResult.SUCCESS
 
     def _new_segment(self) -> None:
@@ -85,11 +88,33 @@ class StoreExporter(SpanExporter):
         return True
 
 
+def _plain(span: ReadableSpan) -> dict[str, Any]:
+    context, parent = span.context, span.parent
+    plain: dict[str, Any] = {
+        "trace": format_trace_id(context.trace_id),
+        "span": format_span_id(context.span_id),
+        "name": span.name,
+        "kind": _KINDS[span.kind],
+        "start": span.start_time,
+        "end": span.end_time,
+        "attributes": dict(span.attributes or {}),
+    }
+    if parent is not None:
+        plain["parent"], plain["remote"] = format_span_id(parent.span_id), parent.is_remote
+    if span.events:
+        plain["events"] = [(event.name, event.timestamp) for event in span.events]
+    if span.links:
+        links = [link.context for link in span.links]
+        plain["links"] = [(format_trace_id(link.trace_id), format_span_id(link.span_id)) for link in links]
+    if span.status.status_code is StatusCode.ERROR:
+        plain["error"] = span.status.description or "error"
+    return plain
+
+
 def prune(directory: Path, max_bytes: int) -> None:
     """Removes the oldest segments until the rest has ``max_bytes`` at most."""
-    segments = sorted(directory.glob(f"*{SUFFIX}"))
     sizes = {}
-    for segment in segments:
+    for segment in sorted(directory.glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError):
             sizes[segment] = segment.stat().st_size
     total = sum(sizes.values())
@@ -101,22 +126,34 @@ def prune(directory: Path, max_bytes: int) -> None:
         total -= size
 
 
-def read_store(directory: Path) -> Iterator[ExportTraceServiceRequest]:
-    """All messages, oldest segment first."""
+def read_store(directory: Path) -> Iterator[SpanView]:
+    """All spans, oldest segment first. Lines that cannot be read are left out, and said in the log."""
     for segment in sorted(directory.glob(f"*{SUFFIX}")):
         try:
-            data = segment.read_bytes()
+            lines = segment.read_bytes().split(b"\n")
         except OSError:
             continue  # removed just now
-        at = 0
-        while at + _LENGTH.size <= len(data):
-            (size,) = _LENGTH.unpack_from(data, at)
-            at += _LENGTH.size
-            if at + size > len(data):
-                break
+        for number, line in enumerate(lines[:-1], 1):  # what is behind the last line end is being written, or was cut
             try:
-                yield ExportTraceServiceRequest.FromString(data[at : at + size])
-            except DecodeError:
-                log.warning("%s is damaged; the rest of it is left out", segment)
-                break
-            at += size
+                batch = json.loads(line)
+                yield from [_view(plain, batch["resource"]) for plain in batch["spans"]]
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s, line %d is damaged and left out", segment, number)
+
+
+def _view(plain: dict[str, Any], resource: dict[str, Any]) -> SpanView:
+    return SpanView(
+        plain["trace"],
+        plain["span"],
+        plain.get("parent", ""),
+        plain["name"],
+        plain["kind"],
+        plain["start"],
+        plain["end"],
+        plain["attributes"],
+        resource,
+        tuple((name, at_ns) for name, at_ns in plain.get("events", ())),
+        tuple((trace, other) for trace, other in plain.get("links", ())),
+        plain.get("error"),
+        plain.get("remote", False),
+    )

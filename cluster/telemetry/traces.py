@@ -1,4 +1,4 @@
-"""Traces as they are read again, from OTLP messages: plain spans, put together by trace."""
+"""Traces as they are read again: plain spans, put together by trace."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-
 REQUEST, CLIENT = "moe.request", "expertmesh.client.generate"
-_REMOTE_KNOWN, _REMOTE = 0x100, 0x200
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,50 +82,11 @@ class TraceView:
         return found
 
 
-def traces_of(messages: Iterable[ExportTraceServiceRequest]) -> dict[str, TraceView]:
+def traces_of(spans: Iterable[SpanView]) -> dict[str, TraceView]:
     """Traces by id, in the order of their first spans' starts."""
     found: dict[str, TraceView] = {}
-    for message in messages:
-        for resource_spans in message.resource_spans:
-            resource = _values(resource_spans.resource.attributes)
-            for scope_spans in resource_spans.scope_spans:
-                for span in scope_spans.spans:
-                    view = _view(span, resource)
-                    found.setdefault(view.trace_id, TraceView(view.trace_id)).spans.append(view)
+    for span in spans:
+        found.setdefault(span.trace_id, TraceView(span.trace_id)).spans.append(span)
     for trace in found.values():
         trace.spans.sort(key=lambda span: (span.start_ns, -span.end_ns))
     return dict(sorted(found.items(), key=lambda item: item[1].spans[0].start_ns))
-
-
-def _view(span: Span, resource: Mapping[str, Any]) -> SpanView:
-    error = span.status.message or "error" if span.status.code == Status.STATUS_CODE_ERROR else None
-    return SpanView(
-        span.trace_id.hex(),
-        span.span_id.hex(),
-        span.parent_span_id.hex(),
-        span.name,
-        int(span.kind),
-        span.start_time_unix_nano,
-        span.end_time_unix_nano,
-        _values(span.attributes),
-        resource,
-        tuple((event.name, event.time_unix_nano) for event in span.events),
-        tuple((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
-        error,
-        span.flags & _REMOTE_KNOWN != 0 and span.flags & _REMOTE != 0,
-    )
-
-
-def _values(attributes: Iterable[KeyValue]) -> dict[str, Any]:
-    return {item.key: _value(item.value) for item in attributes}
-
-
-def _value(value: AnyValue) -> Any:
-    kind = value.WhichOneof("value")
-    if kind is None:
-        return None
-    if kind == "array_value":
-        return [_value(item) for item in value.array_value.values]
-    if kind == "kvlist_value":
-        return _values(value.kvlist_value.values)
-    return getattr(value, kind)

@@ -1,0 +1,74 @@
+"""`expertmesh bench trace-cost`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.commands.bench import machine
+from cluster.commands.common import Json, emit, reporting, stdout, stopping
+from cluster.config import EMBEDDED_MODEL, load_config
+
+if TYPE_CHECKING:
+    from cluster.bench.trace_cost import Work
+
+
+def trace_cost(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = EMBEDDED_MODEL,
+    groups: Annotated[int, typer.Option(help="Expert groups.")] = 2,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of rounds, each with a control.")] = 24,
+    streams: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
+    requests: Annotated[int, typer.Option(help="Requests of a round.")] = 16,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt; random ones.")] = 32,
+    new: Annotated[int, typer.Option(help="New tokens a request.")] = 32,
+    server: Annotated[str | None, typer.Option(help="HOST:PORT of a server that runs already, instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what tracing every request costs: throughput with traces off and with all of them, in turns.
+
+    Traces go to a store of their own in a temporary directory, unless OTEL_EXPORTER_OTLP_ENDPOINT names a collector.
+    """
+    from cluster.bench import trace_cost as benchmark
+
+    work = benchmark.Work(pairs, streams, requests, prompt, new)
+    with stopping() as stop, reporting() as progress:
+        if server is not None:
+            result = benchmark.measure(server, work, progress)
+        else:
+            with tempfile.TemporaryDirectory(prefix="expertmesh-traces-") as store:
+                result = _on_own_server(model, groups, store, work, progress, stop.arm)
+    result["machine"] = machine()
+    if as_json:
+        emit(result)
+        return
+    low, high = result["cost_ci"]
+    control_low, control_high = result["control_ci"]
+    stdout.print(
+        f"traces off {result['off_tokens_per_s']:.1f} tokens/s, all {result['all_tokens_per_s']:.1f}: tracing every "
+        f"request costs {result['cost_percent']:.2f} % ({low:.2f} to {high:.2f}, 95 %, {result['pairs']} pairs)\n"
+        f"control, off against off: {result['control_percent']:.2f} % ({control_low:.2f} to {control_high:.2f}); "
+        f"{result['spans_dropped']} spans dropped"
+    )
+
+
+def _on_own_server(
+    model: Path, groups: int, store: str, work: Work, progress: Callable[[str], None], arm: Callable[[], None]
+) -> dict[str, Any]:
+    from cluster import app as composition
+    from cluster.bench import trace_cost as benchmark
+    from cluster.plan import make_plan
+
+    telemetry = {"store": store, "metrics_listen": "127.0.0.1:0"}
+    flags = {"model": str(model), "groups": groups, "listen": "127.0.0.1:0", "telemetry": telemetry}
+    plan = make_plan(load_config(flags=flags))
+    with composition.RaySession(plan.config, progress):
+        arm()
+        deployment = composition.deploy(plan, progress)
+        try:
+            return benchmark.measure(deployment.address, work, progress)
+        finally:
+            deployment.remove()
