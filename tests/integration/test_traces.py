@@ -1,0 +1,351 @@
+"""Traces of whole systems over real links: well-formed, complete, and right about planted causes."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.client import Client
+from cluster.api.client_tracing import ClientTracer
+from cluster.api.router import Router
+from cluster.config import EMBEDDED_MODEL, TelemetryConfig
+from cluster.errors import ExpertMeshError, Unavailable
+from cluster.experts.group import ExpertGroup
+from cluster.rpc.v1 import inference_pb2 as pb
+from cluster.rpc.v1 import inference_pb2_grpc
+from cluster.telemetry.blame import Blamed, blame
+from cluster.telemetry.exchange import to_jaeger
+from cluster.telemetry.records import RequestRecord
+from cluster.telemetry.store import read_store
+from cluster.telemetry.traces import TraceView, traces_of
+from tests.collector import Collector
+from tests.door import Door
+from tests.systems import linked_router
+from tests.trace_lint import from_jaeger, lint
+
+VOCAB = 256
+
+
+class Traced:
+    """A served embedded model whose traces go to a store."""
+
+    def __init__(self, router: Router, groups: list[ExpertGroup], door: Door, store: Path) -> None:
+        self.router, self.groups, self.door, self._store = router, groups, door, store
+        self.tracer = ClientTracer(TelemetryConfig(traces="file", store=str(store)))
+        self.records: list[RequestRecord] = []
+        telemetry = router.telemetry
+        assert telemetry is not None
+        tell = telemetry.request
+
+        def also(record: RequestRecord) -> None:
+            self.records.append(record)
+            tell(record)
+
+        telemetry.request = also  # type: ignore[method-assign]
+
+    def ask(self, prompt: int, new: int, pause_s: float = 0.0, tracer: bool = True, layers: bool = False) -> list[int]:
+        ids = [random.randrange(3, VOCAB) for _ in range(prompt)]
+        message = pb.GenerateRequest(prompt_ids=pb.TokenIds(ids=ids), max_new_tokens=new, ignore_eos=True)
+        tokens: list[int] = []
+        with Client(self.door.address, tracer=self.tracer if tracer else None) as client:
+            for chunk in client.generate(message, trace_layers=layers):
+                tokens += [token.id for token in chunk.tokens]
+                if pause_s:
+                    time.sleep(pause_s)
+        return tokens
+
+    def load(self, jobs: list[Callable[[], object]], streams: int) -> None:
+        """Runs jobs, so many at a time."""
+        waiting = jobs[::-1]
+
+        def work() -> None:
+            while True:
+                try:
+                    job = waiting.pop()
+                except IndexError:
+                    return
+                job()
+
+        threads = [threading.Thread(target=work) for _ in range(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+
+    def mixed(self, number: int) -> list[Callable[[], object]]:
+        return [lambda: self.ask(random.randrange(6, 40), random.randrange(6, 20)) for _ in range(number)]
+
+    def traces(self) -> dict[str, TraceView]:
+        telemetry = self.router.telemetry
+        assert telemetry is not None
+        assert telemetry.flush(10)
+        for pump in self.tracer._pumps:
+            assert pump.flush(10)
+        return traces_of(read_store(self._store))
+
+    def blamed(self, quantile: float) -> Blamed:
+        report = blame([trace for trace in self.traces().values() if trace.request is not None], quantile)
+        return report.causes[0]
+
+
+@contextmanager
+def traced(store: Path, transports: str = "shm", **flags: Any) -> Iterator[Traced]:
+    telemetry = {"traces": "file", "store": str(store), "metrics_listen": "off", **flags.pop("telemetry", {})}
+    with linked_router(EMBEDDED_MODEL, transports, 2, telemetry=telemetry, **flags) as (router, groups):
+        door = Door()
+        door.open(router)
+        system = Traced(router, groups, door, store)
+        try:
+            yield system
+        finally:
+            system.tracer.close()
+            door.close()
+
+
+def test_every_part_of_200_requests_is_accounted_for(tmp_path: Path) -> None:
+    with traced(tmp_path, "shm,grpc") as system:
+        jobs: list[Callable[[], object]] = [
+            lambda: system.ask(random.choice((4, 20, 90, 300)), random.choice((1, 4, 16))) for _ in range(200)
+        ]
+        system.load(jobs, 12)
+        records = system.records
+        traces = system.traces()
+    assert len(records) == 200
+    shares = sorted(record.unattributed_s / record.wall_s for record in records)
+    print(
+        f"unattributed share of the wall time, 200 requests: p50 {shares[100]:.4f}, p90 {shares[180]:.4f}, "
+        f"p99 {shares[198]:.4f}, max {shares[-1]:.4f}, min {shares[0]:.4f}"
+    )
+    assert shares[-1] <= 0.05
+    # Parts overlap nowhere: then their sum would exceed the wall time.
+    assert shares[0] >= -0.01
+    requests = [trace for trace in traces.values() if trace.request is not None]
+    assert len(requests) == 200
+    for trace in requests:
+        span = trace.request
+        assert span is not None
+        total_s = sum(span.times().values()) + span.attributes["moe.unattributed"]
+        assert total_s == pytest.approx(span.seconds, rel=0.01)
+    # The phases of a request tell the same as the whole.
+    one = max(requests, key=lambda trace: len(trace.spans))
+    span = one.request
+    assert span is not None
+    for part in ("trunk", "dispatch", "combine"):
+        phases = [child.times().get(part, 0.0) for child in one.spans if child.name in ("moe.prefill", "moe.decode")]
+        assert sum(phases) == pytest.approx(span.times()[part], rel=1e-6)
+    assert not lint([span for trace in traces.values() for span in trace.spans])
+    for trace in requests[:20]:
+        assert not lint(from_jaeger(to_jaeger(trace)), slack_ns=4_000)
+
+
+def test_a_slow_group_is_blamed(tmp_path: Path) -> None:
+    with traced(tmp_path, faults={"group": 1, "compute_ms": 20.0}) as system:
+        system.load([lambda: system.ask(10, 8) for _ in range(10)], 4)
+        for quantile in (0.0, 0.9):
+            cause = system.blamed(quantile)
+            assert (cause.cause, cause.group) == ("expert.straggler", 1)
+
+
+def test_a_slow_group_that_is_the_only_one_is_blamed(tmp_path: Path) -> None:
+    telemetry = {"traces": "file", "store": str(tmp_path), "metrics_listen": "off"}
+    faults = {"group": 0, "compute_ms": 20.0}
+    with linked_router(EMBEDDED_MODEL, "grpc", 1, telemetry=telemetry, faults=faults) as (router, groups):
+        door = Door()
+        door.open(router)
+        system = Traced(router, groups, door, tmp_path)
+        system.load([lambda: system.ask(10, 8) for _ in range(6)], 2)
+        cause = system.blamed(0.5)
+        assert (cause.cause, cause.group) == ("expert.compute", 0)
+        door.close()
+
+
+def test_a_cold_expert_is_blamed_with_its_group_layer_and_number(tmp_path: Path) -> None:
+    faults = {"group": 0, "cold_expert": "1/2", "cold_ms": 200.0, "cold_every_s": 2.5}
+    with traced(tmp_path, faults=faults) as system:
+        system.load(system.mixed(30), 4)
+        cause = system.blamed(0.9)
+        assert (cause.cause, cause.group, cause.layer, cause.expert) == ("expert.cold_load", 0, 1, 2)
+        assert cause.seconds >= 0.19
+        loads = [span for trace in system.traces().values() for span in trace.named("moe.expert.cold_load")]
+        assert loads
+        assert {span.attributes["moe.expert"] for span in loads} == {2}
+
+
+def test_a_queue_behind_long_prompts_is_blamed(tmp_path: Path) -> None:
+    with traced(tmp_path, engine={"max_running": 1}) as system:
+        system.load([lambda: system.ask(900, 1), *system.mixed(9)] * 2, 4)
+        cause = system.blamed(0.5)
+        assert (cause.cause, cause.group) == ("queue", None)
+
+
+def test_a_slow_client_is_blamed(tmp_path: Path) -> None:
+    with traced(tmp_path) as system:
+        jobs = system.mixed(20)
+        jobs[5] = lambda: system.ask(20, 12, pause_s=0.15)
+        system.load(jobs, 4)
+        assert system.blamed(0.9).cause == "client"
+
+
+def test_a_client_that_does_not_read_is_blamed_without_its_help(tmp_path: Path) -> None:
+    """Full logits make messages that fill what HTTP/2 lets wait."""
+    with traced(tmp_path) as system:
+        system.load(system.mixed(12), 4)
+        ids = pb.TokenIds(ids=[random.randrange(3, VOCAB) for _ in range(8)])
+        message = pb.GenerateRequest(prompt_ids=ids, max_new_tokens=96, ignore_eos=True, return_logits=True)
+        options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+        with grpc.insecure_channel(system.door.address, options=options) as channel:
+            for number, _ in enumerate(inference_pb2_grpc.InferenceStub(channel).Generate(message)):
+                time.sleep(2.0 if number == 1 else 0.02)
+        assert system.blamed(0.93).cause == "stream_out"
+
+
+def test_a_dead_link_is_blamed(tmp_path: Path) -> None:
+    with traced(tmp_path) as system:
+        host = system.groups[1].host
+        submit = host.submit
+
+        def refuse(_call: object, _rows: object, pending: Any) -> None:
+            pending.fail(Unavailable("planted"))
+
+        def fault() -> None:
+            time.sleep(0.4)
+            host.submit = refuse  # type: ignore[method-assign, assignment]
+            system.groups[1]._drop_links()
+            time.sleep(0.6)
+            host.submit = submit  # type: ignore[method-assign]
+
+        planting = threading.Thread(target=fault)
+        planting.start()
+        system.load(system.mixed(24), 4)
+        planting.join(10)
+        cause = system.blamed(0.9)
+        assert (cause.cause, cause.group) == ("failover", 1)
+        kept = {trace.request.attributes["moe.kept"] for trace in system.traces().values() if trace.request}
+        assert "failover" in kept
+
+
+def test_layers_are_traced_for_who_asks_and_groups_add_to_it(tmp_path: Path) -> None:
+    with traced(tmp_path, "shm,grpc", telemetry={"steps_per_s": 0.0, "detail_steps": 3}) as system:
+        system.ask(20, 10, layers=True)
+        system.ask(20, 10)
+        for group in system.groups:
+            assert group.telemetry is not None
+            assert group.telemetry.flush(10)
+        traces = system.traces()
+    steps = [trace for trace in traces.values() if trace.root.name == "moe.step"]
+    assert len(steps) == 3
+    asked = [trace for trace in traces.values() if trace.request and trace.request.attributes.get("moe.step.traces")]
+    assert len(asked) == 1
+    request = asked[0].request
+    assert request is not None
+    assert sorted(request.attributes["moe.step.traces"]) == sorted(step.trace_id for step in steps)
+    for step in steps:
+        assert step.root.links == ((request.trace_id, request.span_id),)
+        layers = step.named("moe.layer")
+        computed = step.named("moe.expert.compute")
+        assert len(layers) > 1
+        assert {span.service for span in computed} == {"expertmesh-experts"}
+        assert {span.resource["moe.group"] for span in computed} == {0, 1}
+        assert {span.parent_id for span in computed} == {span.span_id for span in layers}
+
+
+def test_spans_stay_few_for_a_long_answer_and_refused_requests_have_a_trace(tmp_path: Path) -> None:
+    with traced(tmp_path) as system:
+        system.ask(5, 4)
+        system.ask(5, 700)
+        with pytest.raises(ExpertMeshError):
+            system.ask(5, 100_000)
+        traces = [trace for trace in system.traces().values() if trace.request is not None]
+    assert len(traces) == 3
+    assert all(len(trace.spans) <= 150 for trace in traces)
+    assert not lint([span for trace in traces for span in trace.spans])
+    refused = [trace for trace in traces if trace.request and trace.request.error]
+    assert len(refused) == 1
+    assert refused[0].request is not None
+    assert refused[0].request.attributes["error.type"] == "INVALID_ARGUMENT"
+
+
+def test_a_client_that_leaves_has_a_trace_that_is_accounted_for(tmp_path: Path) -> None:
+    with traced(tmp_path) as system:
+        message = pb.GenerateRequest(prompt_ids=pb.TokenIds(ids=[5] * 8), max_new_tokens=500, ignore_eos=True)
+        with Client(system.door.address) as client:
+            stream = client.generate(message)
+            for _ in range(4):
+                next(stream)
+            stream.close()
+        limit_s = time.monotonic() + 20
+        while not system.records and time.monotonic() < limit_s:
+            time.sleep(0.02)
+        record = system.records[0]
+        assert record.error_code == "CANCELLED"
+        assert record.account is not None
+        assert record.unattributed_s / record.wall_s < 0.05
+        [trace] = [trace for trace in system.traces().values() if trace.request is not None]
+        assert not lint(trace.spans)
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    try:
+        yield made
+    finally:
+        made.hung.clear()
+        if made._server is not None:
+            made.kill()
+
+
+def test_a_collector_gets_well_formed_traces_and_may_die_hang_and_return(
+    collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
+    telemetry = {"traces": "otlp", "endpoint": collector.endpoint, "queue_spans": 400}
+    with traced(tmp_path, telemetry=telemetry) as system:
+        told = system.router.telemetry
+        assert told is not None
+
+        def load(number: int) -> list[float]:
+            before = len(system.records)
+            jobs: list[Callable[[], object]] = [lambda: system.ask(10, 8, tracer=False) for _ in range(number)]
+            system.load(jobs, 4)
+            new = system.records[before:]
+            assert len(new) == number
+            assert not [record for record in new if record.error_code]
+            return [record.wall_s for record in new]
+
+        load(8)
+        assert told.flush(10)
+        got = collector.spans()
+        assert not lint(got)
+        assert len([span for span in got if span.name == "moe.request"]) == 8
+        assert all(not span.parent_id for span in got if span.name == "moe.request")
+        usual_s = statistics.median(load(12))
+        assert told.flush(10)
+        collector.kill()
+        dead_s = statistics.median(load(40))
+        collector.start()
+        collector.hung.set()
+        hung_s = statistics.median(load(40))
+        collector.hung.clear()
+        limit_s = time.monotonic() + 30
+        while told.counts()["waiting"] and time.monotonic() < limit_s:
+            time.sleep(0.1)
+        load(4)
+        assert told.flush(30)
+        print(f"median request: {usual_s:.3f} s; collector dead {dead_s:.3f} s, hung {hung_s:.3f} s; {told.counts()}")
+        counts = told.counts()
+        assert counts["waiting"] == 0
+        assert counts["dropped"] > 0
+        received = [(span.trace_id, span.span_id) for span in collector.spans() if span.service == "expertmesh-router"]
+        assert len(set(received)) == counts["exported"]
+        assert counts["created"] == counts["exported"] + counts["dropped"]
+        assert max(dead_s, hung_s) < 3 * usual_s
