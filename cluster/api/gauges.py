@@ -54,9 +54,9 @@ def router_gauges(fabric: Fabric, engine: Engine) -> list[Gauge]:
         ]
 
     return [
-        Gauge("moe.group.healthy", "1", "A link to the group is up.", healthy),
+        Gauge("moe.group.healthy", "", "A link to the group is up.", healthy),
         Gauge("moe.expert.resident", "{expert}", "Experts that the group holds in memory.", resident),
-        Gauge("moe.expert.load_ratio", "1", "Tokens of the busiest group over the mean of all.", load_ratio),
+        Gauge("moe.expert.load_ratio", "", "Tokens of the busiest group over the mean of all.", load_ratio),
         Gauge("moe.step.time", "s", "Seconds of all steps, by part.", stages, counts=True),
         Gauge("moe.steps", "{step}", "Steps.", lambda: [({}, float(engine.stats().steps))], counts=True),
         Gauge("moe.kv.blocks", "{block}", "Blocks of the key-value cache.", blocks),

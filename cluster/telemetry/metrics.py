@@ -75,6 +75,10 @@ class Metrics:
         self._cancelled = meter.create_counter("moe.requests.cancelled", "{request}", "Requests whose client left.")
         self._requests = meter.create_counter("moe.requests", "{request}", "Requests by how they ended.")
         self._out = meter.create_counter("moe.tokens", "{token}", "Prompt, cached and output tokens.")
+        self._known_groups: set[int] = set()
+        # A counter that was never touched is not there, and a panel or alert over it says nothing instead of 0.
+        self._cancelled.add(0)
+        self._requests.add(0, {"code": "OK"})
 
     def gauges(self, gauges: Iterable[Gauge]) -> None:
         """Adds what is asked for on demand."""
@@ -115,6 +119,10 @@ class Metrics:
         self._combine.record(spent.seconds(Stage.COMBINE))
         for item in spent.groups():
             labels = {"group": str(item.group)}
+            if item.group not in self._known_groups:
+                self._known_groups.add(item.group)
+                self._cold.add(0, labels)
+                self._failures.add(0, {**labels, "cause": "none"})
             self._wait.record(item.total_s, labels)
             self._compute.record(item.seconds.get(Stage.GROUP_COMPUTE.value, 0.0), labels)
             self._bytes.add(item.num_bytes, labels)
