@@ -278,7 +278,14 @@ def _gpus_each(plan: Plan) -> int:
 
 
 def _actor_options(gpus: int) -> dict[str, Any]:
-    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": dict(_ENVIRONMENT)}}
+    variables = {**_ENVIRONMENT, **_telemetry_environment()}
+    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+
+
+def _telemetry_environment() -> dict[str, str]:
+    """The standard OTEL_* variables of whoever serves, for processes of a cluster that was there before. Headers may
+    hold secrets, and Ray shows environments to everybody: those are set on the machines themselves."""
+    return {name: value for name, value in os.environ.items() if name.startswith("OTEL_") and "HEADERS" not in name}
 
 
 def _deployment(kind: type, **options: Any) -> Any:

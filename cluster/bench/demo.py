@@ -15,6 +15,7 @@ from cluster.rpc.v1 import inference_pb2
 EXPLAINED = {
     "tokenize": "text to token ids",
     "queue": "waiting for a place in the batch",
+    "turn": "in the batch, waiting for its turn",
     "schedule": "choosing what shares a step",
     "trunk": "attention, norms, gates, shared experts, LM head",
     "dispatch": "splitting tokens by group, packing and sending layer calls",
@@ -22,9 +23,13 @@ EXPLAINED = {
     "expert.queue": "waiting for a group's compute thread",
     "expert.compute": "experts computing, in the group that answered first",
     "expert.straggler": "waiting for the other group to answer too",
+    "expert.cold_load": "waiting for weights that were not in memory",
+    "failover": "from a failed call to its answer",
     "combine": "adding the groups' answers",
     "sample": "choosing the next token",
     "emit": "token to text",
+    "deliver": "from the engine to the front door",
+    "stream_out": "waiting for the client to take it",
 }
 
 

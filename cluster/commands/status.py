@@ -63,6 +63,8 @@ _TEXT_KEYS = frozenset(
         "last_failure",
         "wanted",
         "transport",
+        "metrics_address",
+        "traces",
     }
 )
 
@@ -112,4 +114,11 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
         f"engine: {engine.running} running, {engine.waiting} waiting, {engine.finished} finished, {engine.cancelled} "
         f"cancelled, {engine.failed} failed; {engine.steps} steps, largest batch {engine.max_batch}; "
         f"key-value cache {engine.kv_used_bytes / mib:.1f} of {engine.kv_limit_bytes / mib:.0f} MiB"
+    )
+    told = reply.telemetry
+    where = (", ".join(told.traces) or "nowhere") + ("" if told.tracing else ", switched off")
+    metrics = f"http://{told.metrics_address}/metrics" if told.metrics_address else "off"
+    stdout.print(
+        f"traces: {where}; {told.spans_exported} spans exported, {told.spans_dropped} dropped; metrics: {metrics}",
+        markup=False,
     )

@@ -23,6 +23,7 @@ from cluster.telemetry.traces import SpanView, TraceView
 
 Store = Annotated[Path | None, typer.Option(help="Directory of the trace store; the server's telemetry.store.")]
 Last = Annotated[int, typer.Option(help="The newest so many requests.")]
+SHOWN_DIGITS = 10
 PATIENCE_S = 3.0
 """Servers write what they have a few times a second: a trace that was just asked for may take a moment."""
 
@@ -43,15 +44,17 @@ def trace_list(
     if as_json:
         emit({"traces": rows})
         return
-    table = Table("trace", "start", "ms", "first ms", "tokens", "ended", "attributed", "most of it")
+    table = Table("trace", "start", "ms", "first", "tokens", "ended", "known", "most of it")
+    for column in table.columns[:5]:
+        column.no_wrap = True
     for row in rows:
         table.add_row(
-            row["trace_id"],
-            datetime.fromtimestamp(row["start_s"]).strftime("%H:%M:%S.%f")[:-3],
+            row["trace_id"][:SHOWN_DIGITS],
+            datetime.fromtimestamp(row["start_s"]).strftime("%H:%M:%S"),
             f"{row['seconds'] * 1e3:.1f}",
             "" if row["first_token_s"] is None else f"{row['first_token_s'] * 1e3:.1f}",
             f"{row['prompt_tokens']}+{row['output_tokens']}" if row["name"] == "moe.request" else "",
-            row["ended"],
+            row["ended"] if row["name"] == "moe.request" else row["name"],
             "" if row["attributed_share"] is None else f"{row['attributed_share']:.1%}",
             row["most"],
         )
@@ -76,7 +79,7 @@ def trace_show(
     if as_json:
         emit({**_row(trace), "spans": [_span(span) for span in trace.spans]})
     else:
-        stdout.print(waterfall(trace, windows))
+        stdout.print(waterfall(trace, windows, stdout.width))
 
 
 def trace_blame(
@@ -226,10 +229,10 @@ def _table(report: Report, quantile: float, top: int) -> Table:
     table = Table(
         title=f"The slowest {len(report.tail)} of {report.requests} requests (beyond {quantile:.0%}): "
         f"{report.tail_wall_s * 1e3:.0f} ms",
-        caption=f"* stands out from what is usual for requests of that size; attributed: "
+        caption=f"unusual: seconds beyond what is usual for requests of that size; * stands out. Attributed: "
         f"{ordered[len(ordered) // 2]:.1%} of a request's time (median), {ordered[0]:.1%} at least",
     )
-    for column in ("cause", "group", "layer", "expert", "seconds", "share", "beyond the usual"):
+    for column in ("cause", "group", "layer", "expert", "seconds", "share", "unusual"):
         table.add_column(column, justify="left" if column == "cause" else "right", no_wrap=True)
     for item in report.causes[:top]:
         where = ["" if value is None else str(value) for value in (item.group, item.layer, item.expert)]

@@ -131,6 +131,7 @@ class Telemetry:
 
     def request(self, record: RequestRecord) -> None:
         """See `Observer`."""
+        record.traced = self.tracing
         self._put(record)
 
     def phases(self, record: PhaseRecord) -> None:
@@ -174,7 +175,7 @@ class Telemetry:
             if self._metrics is not None:
                 self._metrics.request(record)
             kept = self._keep.why(record)
-            if self.tracing and kept:
+            if record.traced and kept:
                 # A parent that nobody exports to where we do would leave our spans hanging.
                 elsewhere = record.trace_state and record.trace_state not in self.kinds
                 parent = record.parent if record.sampled and not elsewhere else ""
@@ -182,7 +183,7 @@ class Telemetry:
         elif isinstance(record, StepRecord):
             if self._metrics is not None:
                 self._metrics.step(record)
-            if self.tracing and record.detail is not None:
+            if record.detail is not None:
                 self._export(self._maker.step(record, record.detail))
         elif isinstance(record, PhaseRecord):
             if self._metrics is not None:

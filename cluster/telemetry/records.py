@@ -35,6 +35,8 @@ class RequestRecord:
     parent: str = ""
     trace_state: str = ""
     sampled: bool = True
+    traced: bool = True
+    """Traces were switched on when it ended."""
     left_s: float = 0.0
     """When the client left, if it did."""
     tokenized_s: float = 0.0

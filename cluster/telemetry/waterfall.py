@@ -7,7 +7,9 @@ from rich.text import Text
 
 from cluster.telemetry.traces import SpanView, TraceView
 
-WIDTH = 44
+WIDE, NARROW = 44, 20
+"""Characters of the bars; narrow on terminals of less than `ENOUGH`."""
+ENOUGH = 110
 _COLORS = {
     "moe.queue": "yellow",
     "moe.prefill": "cyan",
@@ -29,16 +31,17 @@ _SHOWN = (
 )
 
 
-def waterfall(trace: TraceView, windows: bool = True) -> Table:
-    """The trace as a table. ``windows`` shows the windows of decoding too."""
+def waterfall(trace: TraceView, windows: bool = True, columns: int = 150) -> Table:
+    """The trace as a table for a terminal of so many columns. ``windows`` shows the windows of decoding too."""
+    width = WIDE if columns >= ENOUGH else NARROW
     start_ns = min(span.start_ns for span in trace.spans)
     end_ns = max(span.end_ns for span in trace.spans)
     title = f"trace {trace.trace_id}: {trace.root.name}, {(end_ns - start_ns) / 1e6:.1f} ms"
     table = Table(title=title, expand=False, pad_edge=False)
     table.add_column("span", no_wrap=True)
-    table.add_column("from ms", justify="right", no_wrap=True)
+    table.add_column("from", justify="right", no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("0 ms".ljust(WIDTH - 10) + f"{(end_ns - start_ns) / 1e6:7.1f} ms", no_wrap=True)
+    table.add_column(f"0 to {(end_ns - start_ns) / 1e6:.1f} ms", no_wrap=True, min_width=width)
     table.add_column("most of it, and of whom", overflow="fold")
     children = trace.children()
 
@@ -47,10 +50,10 @@ def waterfall(trace: TraceView, windows: bool = True) -> Table:
             return
         style = "bold red" if span.error is not None else ""
         table.add_row(
-            Text("  " * depth + span.name, style=style),
+            Text(" " * depth + span.name.removeprefix("moe.").removeprefix("expertmesh."), style=style),
             f"{(span.start_ns - start_ns) / 1e6:.1f}",
             f"{span.seconds * 1e3:.1f}",
-            _bar(span, start_ns, end_ns),
+            _bar(span, start_ns, end_ns, width),
             _about(span),
         )
         for child in children.get(span.span_id, []):
@@ -61,12 +64,10 @@ def waterfall(trace: TraceView, windows: bool = True) -> Table:
     return table
 
 
-def _bar(span: SpanView, start_ns: int, end_ns: int) -> Text:
+def _bar(span: SpanView, start_ns: int, end_ns: int, width: int) -> Text:
     whole = max(1, end_ns - start_ns)
-    first = int((span.start_ns - start_ns) * WIDTH / whole)
-    length = max(1, round((span.end_ns - span.start_ns) * WIDTH / whole))
-    first = min(first, WIDTH - 1)
-    length = min(length, WIDTH - first)
+    first = min(int((span.start_ns - start_ns) * width / whole), width - 1)
+    length = min(max(1, round((span.end_ns - span.start_ns) * width / whole)), width - first)
     return Text(" " * first + "█" * length, style=_COLORS.get(span.name, "white"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from cluster.api.client import Client, Refused
 from cluster.config import EMBEDDED_MODEL
 from cluster.rpc.v1 import inference_pb2 as pb
 from tests.e2e.processes import ServeProcess, last_json, run
+from tests.trace_lint import from_jaeger, lint
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [
@@ -192,6 +195,50 @@ def test_a_group_that_is_killed_comes_back_and_no_request_fails(served: ServePro
     assert after.groups[0].incarnation != before.incarnation
     assert after.groups[0].healthy
     assert after.engine.failed == 0
+    time.sleep(1.0)
+    told = last_json(run("trace", "blame", "--last", "8", "--quantile", "0.5", "--json"))
+    assert (told["causes"][0]["cause"], told["causes"][0]["group"]) == ("failover", 0)
+    assert told["attributed_share_min"] > 0.9
+
+
+def test_a_request_can_be_traced_at_once_with_no_collector(served: ServeProcess, tmp_path: Path) -> None:
+    done = run("generate", PROMPTS[1], "--max-new-tokens", "12", "--server", served.address, "--json")
+    trace_id = last_json(done)["trace_id"]
+    shown = last_json(run("trace", "show", trace_id[:12], "--json", "--svg", str(tmp_path / "t.svg")))
+    names = [span["name"] for span in shown["spans"]]
+    assert names[0] == "expertmesh.client.generate"
+    assert {"moe.request", "moe.queue", "moe.prefill", "moe.decode", "moe.expert_batch"} <= set(names)
+    assert shown["attributed_share"] > 0.9
+    assert "moe.request"[4:] in (tmp_path / "t.svg").read_text()
+    listed = last_json(run("trace", "list", "--last", "50", "--json"))["traces"]
+    assert trace_id in [row["trace_id"] for row in listed]
+    for form in ("jaeger", "otlp"):
+        out = tmp_path / f"{form}.json"
+        assert last_json(run("trace", "export", trace_id, "--format", form, "--out", str(out), "--json"))[
+            "spans"
+        ] == len(names)
+        assert trace_id in out.read_text()
+    jaeger = json.loads((tmp_path / "jaeger.json").read_text())
+    assert lint(from_jaeger(jaeger), slack_ns=4_000) == []
+    # Layers, through Ray, of router and groups.
+    done = run("generate", PROMPTS[2], "--max-new-tokens", "3", "--trace-layers", "--server", served.address, "--json")
+    request_id = last_json(done)["trace_id"]
+    request = last_json(run("trace", "show", request_id, "--json"))
+    [span] = [span for span in request["spans"] if span["name"] == "moe.request"]
+    step = last_json(run("trace", "show", span["attributes"]["moe.step.traces"][-1], "--json"))
+    assert {"moe.step", "moe.layer", "moe.expert.compute"} <= {span["name"] for span in step["spans"]}
+    with Client(served.address) as client:
+        told = client.status().telemetry
+        assert told.spans_exported > 0
+        assert told.spans_dropped == 0
+        assert client.set_tracing(False)
+        untraced = list(client.generate(pb.GenerateRequest(prompt="x", max_new_tokens=2)))[-1].trace_id
+        assert not client.set_tracing(True)
+    with urllib.request.urlopen(f"http://{told.metrics_address}/metrics", timeout=10) as reply:
+        assert b"gen_ai_server_time_to_first_token_seconds_bucket" in reply.read()
+    missing = run("trace", "show", untraced)
+    assert missing.returncode == 2
+    assert "no such trace" in missing.stderr
 
 
 def test_stop_drains_running_requests_and_leaves_nothing(served: ServeProcess, request: pytest.FixtureRequest) -> None:
