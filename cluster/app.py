@@ -318,7 +318,12 @@ def _router(plan: Plan, gpus: int) -> serve.Application:
             max_ongoing_requests=256,
             ray_actor_options=_actor_options(0),
             graceful_shutdown_timeout_s=2,
-        ).bind(plan.experts_per_layer, list(range(len(plan.holdings))), plan.config.start_timeout_s)
+        ).bind(
+            plan.experts_per_layer,
+            list(range(len(plan.holdings))),
+            plan.config.start_timeout_s,
+            plan.config.telemetry,
+        )
     router = _deployment(
         RouterShell,
         name="router",

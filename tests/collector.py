@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
@@ -53,3 +57,33 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def spans(self) -> list[SpanView]:
         with self._lock:
             return spans_of(self._messages)
+
+
+@contextmanager
+def http_collector() -> Iterator[tuple[str, Callable[[], list[SpanView]]]]:
+    """(endpoint, what it has got): OTLP over HTTP with protobuf bodies; metrics are taken and forgotten."""
+    messages: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            if self.path == "/v1/traces":
+                messages.append(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
+            self.send_response(200 if self.path in ("/v1/traces", "/v1/metrics") else 404)
+            self.send_header("Content-Type", "application/x-protobuf")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", lambda: spans_of(messages)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,7 +19,6 @@ from cluster.commands.common import Json, emit, stderr, stdout
 from cluster.config import load_config
 from cluster.errors import ConfigError, InvalidArgument
 from cluster.telemetry.blame import Report, blame, spent_of
-from cluster.telemetry.exporters import store_of
 from cluster.telemetry.traces import SpanView, TraceView
 
 Store = Annotated[Path | None, typer.Option(help="Directory of the trace store; the server's telemetry.store.")]
@@ -148,11 +148,15 @@ def trace_switch(
 def _draw(table: Table, file: Path, width: int, title: str) -> None:
     recorder = Console(record=True, width=width, file=io.StringIO())
     recorder.print(table)
-    file.write_text(recorder.export_svg(title=title), encoding="utf-8")
+    # Without rich's fonts, which whoever looks at the picture would fetch from somebody else's server.
+    picture = re.sub(r"@font-face\s*{.*?}\s*", "", recorder.export_svg(title=title), flags=re.DOTALL)
+    file.write_text(picture.replace("Fira Code", "monospace"), encoding="utf-8")
     stderr.print(f"wrote {file}")
 
 
 def _directory(store: Path | None) -> Path:
+    from cluster.telemetry.exporters import store_of  # with the SDK behind it, which other commands need not load
+
     return store if store is not None else store_of(load_config().telemetry)
 
 

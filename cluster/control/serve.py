@@ -8,9 +8,11 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
+from cluster.config import TelemetryConfig
 from cluster.control.coordinator import Coordinator
 from cluster.core import GroupId, GroupInfo, Membership
 from cluster.errors import Unavailable
+from cluster.telemetry import logs
 
 ASK_TIMEOUT_S = 2.0
 GROUP_APP_PREFIX = "experts-"
@@ -46,7 +48,14 @@ def ask_group(group: GroupId) -> GroupInfo:
 class CoordinatorShell:
     """Deployment ``coordinator`` of the application ``expertmesh``."""
 
-    def __init__(self, experts_per_layer: Sequence[int], groups: Sequence[GroupId], start_timeout_s: float) -> None:
+    def __init__(
+        self,
+        experts_per_layer: Sequence[int],
+        groups: Sequence[GroupId],
+        start_timeout_s: float,
+        telemetry: TelemetryConfig,
+    ) -> None:
+        logs.set_up(telemetry.log_level, telemetry.log_format)
         self._coordinator = Coordinator(experts_per_layer, groups, ask_group, next_epoch())
         self._coordinator.start(start_timeout_s)
 

@@ -34,7 +34,7 @@ from cluster.errors import (
 )
 from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
-from cluster.telemetry.account import RequestAccount
+from cluster.telemetry.account import RequestAccount, StepEvent
 from cluster.telemetry.ledger import Ledger, Stage
 from cluster.telemetry.records import Observer, SpanRef, StepRecord
 from cluster.telemetry.steps import StepDetail
@@ -262,9 +262,7 @@ class Engine:
             step.ledger.add(Stage.EMIT, ended_s - emit_s)
         except Exception as exc:
             self._ended_s = self._clock()
-            for live in lives:
-                for item in step.events:
-                    live.account.note(item)
+            self._note(step.events)
             if isinstance(exc, ExpertMeshError):
                 log.error("step %d failed: %s", step.step_id, exc)
                 error = exc
@@ -276,13 +274,12 @@ class Engine:
                     self._end(live, error=error)
             return
         self._ended_s = ended_s
+        self._note(step.events)
         if observer is not None:
             observer.step(self._record(step, trace, shares, lives, started_s, before))
         with self._lock:
             self._scheduler.ran(shares)
             for live, token, event in zip(lives, chosen, events, strict=True):
-                for item in step.events:
-                    live.account.note(item)
                 if token is not None:
                     live.account.token(self._ledger, ended_s)
                 if token is None or event is None:
@@ -308,6 +305,14 @@ class Engine:
                 account.enter(self._ledger, started_s)
             account.steps += 1
         self._previous = lives
+
+    def _note(self, events: Sequence[StepEvent]) -> None:
+        """Tells all requests of what held this step up: those in it, and those that waited behind it."""
+        if events:
+            with self._lock:
+                for live in self._live.values():
+                    for event in events:
+                        live.account.note(event)
 
     def _wants_detail(self, live: _Live) -> bool:
         return live.request.trace_detail and live.account.steps <= self._detail_steps

@@ -17,7 +17,7 @@ MAX_EVENTS = 16
 
 
 class StepEvent(NamedTuple):
-    """Something rare in a step that everybody in it waited for: ``kind`` is "cold_load", "failover" or "preempted"."""
+    """Something rare in a step that everybody in it, and behind it, waited for: "cold_load" or "failover"."""
 
     kind: str
     start_s: float
@@ -75,6 +75,7 @@ class RequestAccount:
     events: list[StepEvent] = field(default_factory=list)
     step_links: list[str] = field(default_factory=list)
     """Trace ids of steps of its that were traced in detail."""
+    _ahead: list[StepEvent] = field(default_factory=list)
     _seen: Ledger | None = None
     _idle_s: float = 0.0
     _window_s: float = 0.0
@@ -93,8 +94,7 @@ class RequestAccount:
 
     def enter(self, total: Ledger, now_s: float) -> None:
         """It is in steps from ``now_s`` on; it waited until then, for a place (`Stage.QUEUE`) or for its turn."""
-        waited = Stage.QUEUE if self.first_step_s is None else Stage.TURN
-        self._phase().add(waited, now_s - self._idle_s)
+        self._waited(now_s)
         if self.first_step_s is None:
             self.first_step_s = now_s
         elif self.first_token_s is not None:
@@ -124,12 +124,32 @@ class RequestAccount:
     def end(self, total: Ledger, now_s: float) -> None:
         """It has ended at ``now_s``; a request that was in no step then had waited until now."""
         if self._seen is None:
-            waited = Stage.QUEUE if self.first_step_s is None else Stage.TURN
-            self._phase().add(waited, now_s - self._idle_s)
+            self._waited(now_s)
         self.leave(total, now_s)
         self.ended_s = now_s
 
+    def _waited(self, now_s: float) -> None:
+        """Books a wait that ends now: for what went wrong in the steps ahead meanwhile, and the rest for a place."""
+        phase, at_s, blocked_s = self._phase(), self._idle_s, 0.0
+        for event in sorted(self._ahead, key=lambda item: item.start_s):
+            until_s = min(event.start_s + event.seconds, now_s)
+            lost_s = until_s - max(event.start_s, at_s)
+            if lost_s > 0:
+                stage = Stage.COLD_LOAD if event.kind == "cold_load" else Stage.FAILOVER
+                phase.wait(event.group, event.layer, stage, lost_s)
+                self._keep(event._replace(start_s=until_s - lost_s, seconds=lost_s))
+                blocked_s, at_s = blocked_s + lost_s, until_s
+        self._ahead.clear()
+        phase.add(Stage.QUEUE if self.first_step_s is None else Stage.TURN, now_s - self._idle_s - blocked_s)
+
     def note(self, event: StepEvent) -> None:
+        """An event of a step that it was in, or that it waited behind."""
+        if self.inside:
+            self._keep(event)
+        else:
+            self._ahead.append(event)
+
+    def _keep(self, event: StepEvent) -> None:
         """Keeps an event; the longest ones where there are many."""
         self.events.append(event)
         if len(self.events) > MAX_EVENTS:

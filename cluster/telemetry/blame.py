@@ -5,8 +5,9 @@ themselves: the median of its seconds a prompt token before the first token, an 
 what has nothing to do with tokens. The tail are the requests that took longest beyond that.
 
 A cause stands out if the tail spent more on it than is usual, by a part of its time that matters and by more than the
-other requests scatter. Causes that stand out come first, by what is beyond the usual; then the others, simply by what
-they took: where the tail is slow in the same way as everybody, that is the answer.
+other requests scatter. It is ranked by what is beyond the usual. The others may be what everybody suffers from, and are
+ranked by a part of what they took: a quarter of what was waited for others (where all requests are slow because of one
+group, no request is unusual, and that group is the answer), a twentieth of the router's own work.
 """
 
 from __future__ import annotations
@@ -22,8 +23,21 @@ from cluster.telemetry.traces import SpanView, TraceView
 
 CLIENT_CAUSE = "client"
 MATTERS, BEYOND_SCATTER = 0.02, 2.0
+WAITING_WEIGHT, WORK_WEIGHT = 0.25, 0.05
 LAYER_SHARE = 0.5
 """A layer is named where it has so much of a cause's waiting."""
+_WORK = frozenset(
+    stage.value
+    for stage in (
+        Stage.TOKENIZE,
+        Stage.SCHEDULE,
+        Stage.TRUNK,
+        Stage.DISPATCH,
+        Stage.COMBINE,
+        Stage.SAMPLE,
+        Stage.EMIT,
+    )
+)
 _GROUP_NAMES = frozenset(stage.value for stage in GROUP_STAGES)
 _BY_REQUEST = frozenset(
     stage.value for stage in (Stage.TOKENIZE, Stage.QUEUE, Stage.TURN, Stage.DELIVER, Stage.STREAM_OUT)
@@ -249,7 +263,9 @@ def blame(traces: Iterable[TraceView], quantile: float) -> Report:
             excess[cause],
             cause in standing,
         )
-        for cause in sorted(seconds, key=lambda c: (c in standing, excess[c] if c in standing else seconds[c]))[::-1]
+        for cause in sorted(
+            seconds, key=lambda c: excess[c] if c in standing else _weight(c) * seconds[c], reverse=True
+        )
         if seconds[cause] > 0
     ]
     return Report(
@@ -259,6 +275,10 @@ def blame(traces: Iterable[TraceView], quantile: float) -> Report:
         tuple(1.0 - max(0.0, item.unattributed_s) / item.wall_s for item in requests if item.wall_s > 0),
         tuple(causes),
     )
+
+
+def _weight(cause: Cause) -> float:
+    return WORK_WEIGHT if cause.name in _WORK else WAITING_WEIGHT
 
 
 def _scatter(requests: Sequence[Spent], usual: _Usual) -> dict[Cause, float]:

@@ -49,7 +49,11 @@ class Metrics:
     """All instruments of one process, and what they are read by."""
 
     def __init__(self, resource: Resource, model: str, readers: Sequence[MetricReader]) -> None:
-        self._labels = {"gen_ai.operation.name": "text_completion", "gen_ai.request.model": model}
+        self._labels = {
+            "gen_ai.operation.name": "text_completion",
+            "gen_ai.provider.name": "expertmesh",
+            "gen_ai.request.model": model,
+        }
         self._provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
         self._meter = meter = self._provider.get_meter("expertmesh", __version__)
 

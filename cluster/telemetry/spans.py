@@ -18,7 +18,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from cluster import __version__
-from cluster.telemetry.account import RequestAccount, StepEvent
+from cluster.telemetry.account import RequestAccount, StepEvent, Window
 from cluster.telemetry.critical import Answer
 from cluster.telemetry.ledger import GroupSpent, Ledger
 from cluster.telemetry.records import PhaseRecord, RequestRecord, SpanRef, StepRecord
@@ -130,6 +130,7 @@ class SpanMaker:
     def _request_attributes(self, record: RequestRecord, kept: str) -> Attributes:
         found: Attributes = {
             "gen_ai.operation.name": "text_completion",
+            "gen_ai.provider.name": "expertmesh",
             "gen_ai.request.model": self._model,
             "gen_ai.request.max_tokens": record.max_tokens,
             "gen_ai.usage.input_tokens": record.prompt_tokens,
@@ -201,8 +202,7 @@ class SpanMaker:
                 {
                     "moe.tokens": window.tokens,
                     "moe.gap.max": window.max_gap_s,
-                    "moe.worst.group": window.group,
-                    "moe.worst.layer": window.layer,
+                    **_worst(window),
                     **_times(dict(heapq.nlargest(WINDOW_PARTS, window.seconds.items(), key=lambda item: item[1]))),
                 },
             )
@@ -325,14 +325,18 @@ def _times(seconds: Mapping[str, float]) -> Attributes:
     return {f"moe.time.{name}": value for name, value in seconds.items()}
 
 
+def _worst(window: Window) -> Attributes:
+    return {} if window.layer < 0 else {"moe.worst.group": window.group, "moe.worst.layer": window.layer}
+
+
 def _group_attributes(item: GroupSpent) -> Attributes:
+    where = {"moe.worst.layer": item.worst_layer, "moe.worst.layer.seconds": item.worst_layer_s}
     return {
         "moe.group": item.group,
         "moe.calls": item.calls,
         "moe.tokens": item.tokens,
         "moe.bytes": item.num_bytes,
-        "moe.worst.layer": item.worst_layer,
-        "moe.worst.layer.seconds": item.worst_layer_s,
+        **(where if item.worst_layer >= 0 else {}),
         **_times(item.seconds),
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import statistics
 import threading
 import time
@@ -27,9 +29,9 @@ from cluster.telemetry.exchange import to_jaeger
 from cluster.telemetry.records import RequestRecord
 from cluster.telemetry.store import read_store
 from cluster.telemetry.traces import TraceView, traces_of
-from tests.collector import Collector
+from tests.collector import Collector, http_collector
 from tests.door import Door
-from tests.systems import linked_router
+from tests.systems import in_process_router, linked_router
 from tests.trace_lint import from_jaeger, lint
 
 VOCAB = 256
@@ -233,8 +235,9 @@ def test_a_dead_link_is_blamed(tmp_path: Path) -> None:
         assert "failover" in kept
 
 
-def test_layers_are_traced_for_who_asks_and_groups_add_to_it(tmp_path: Path) -> None:
-    with traced(tmp_path, "shm,grpc", telemetry={"steps_per_s": 0.0, "detail_steps": 3}) as system:
+@pytest.mark.parametrize("transports", ["shm,grpc", "gloo"])
+def test_layers_are_traced_for_who_asks_and_groups_add_to_it(transports: str, tmp_path: Path) -> None:
+    with traced(tmp_path, transports, telemetry={"steps_per_s": 0.0, "detail_steps": 3}) as system:
         system.ask(20, 10, layers=True)
         system.ask(20, 10)
         for group in system.groups:
@@ -293,6 +296,39 @@ def test_a_client_that_leaves_has_a_trace_that_is_accounted_for(tmp_path: Path) 
         assert not lint(trace.spans)
 
 
+def test_a_collector_over_http_gets_the_same(tmp_path: Path) -> None:
+    with http_collector() as (endpoint, spans):
+        telemetry = {"traces": "otlp", "endpoint": endpoint, "protocol": "http/protobuf"}
+        with traced(tmp_path, telemetry=telemetry) as system:
+            system.ask(10, 8, tracer=False)
+            told = system.router.telemetry
+            assert told is not None
+            assert told.flush(10)
+            got = spans()
+            assert not lint(got)
+            assert [span.name for span in got].count("moe.request") == 1
+            assert told.counts()["exported"] == len([span for span in got if span.service == "expertmesh-router"])
+
+
+def test_a_clients_context_is_kept_and_its_span_is_the_root(collector: Collector, tmp_path: Path) -> None:
+    """What any client does that knows W3C trace context, and exports to the same collector."""
+    trace_id, span_id = "ab" * 16, "cd" * 8
+    telemetry = {"traces": "otlp", "endpoint": collector.endpoint}
+    with traced(tmp_path, telemetry=telemetry) as system:
+        message = pb.GenerateRequest(prompt_ids=pb.TokenIds(ids=[5] * 8), max_new_tokens=3, ignore_eos=True)
+        with grpc.insecure_channel(system.door.address) as channel:
+            metadata = (("traceparent", f"00-{trace_id}-{span_id}-01"),)
+            chunks = list(inference_pb2_grpc.InferenceStub(channel).Generate(message, metadata=metadata))
+        assert chunks[-1].trace_id == trace_id
+        told = system.router.telemetry
+        assert told is not None
+        assert told.flush(10)
+        mine = [span for span in collector.spans() if span.trace_id == trace_id]
+        assert not lint(mine, complete=False)
+        [request] = [span for span in mine if span.name == "moe.request"]
+        assert (request.parent_id, request.remote_parent) == (span_id, True)
+
+
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     made = Collector()
@@ -349,3 +385,31 @@ def test_a_collector_gets_well_formed_traces_and_may_die_hang_and_return(
         assert len(set(received)) == counts["exported"]
         assert counts["created"] == counts["exported"] + counts["dropped"]
         assert max(dead_s, hung_s) < 3 * usual_s
+
+
+@pytest.mark.full
+def test_spans_do_not_become_more_with_4000_tokens(
+    collector: Collector, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    telemetry = {"traces": "otlp", "endpoint": collector.endpoint, "metrics_listen": "off"}
+    model = tmp_path / "long"
+    shutil.copytree(tiny("mixtral"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    with in_process_router(model, 1, telemetry=telemetry) as router:
+        door = Door()
+        door.open(router)
+        numbers = []
+        for new in (4, 4000):
+            message = pb.GenerateRequest(prompt_ids=pb.TokenIds(ids=[5] * 8), max_new_tokens=new, ignore_eos=True)
+            with Client(door.address) as client:
+                chunks = list(client.generate(message))
+            assert chunks[-1].usage.completion_tokens == new
+            assert router.telemetry is not None
+            assert router.telemetry.flush(10)
+            mine = [span for span in collector.spans() if span.trace_id == chunks[-1].trace_id]
+            assert not lint(mine)
+            numbers.append(len(mine))
+        print(f"spans of 4 and of 4000 tokens: {numbers}")
+        assert max(numbers) <= 150
+        door.close()

@@ -175,8 +175,23 @@ def test_waiting_for_a_turn_while_decoding_is_in_its_window() -> None:
     assert item.windows[0].seconds == pytest.approx({"turn": 0.6, "trunk": 0.1})
 
 
+def test_who_waits_behind_a_step_that_fails_over_waits_for_that() -> None:
+    item = RequestAccount(1.0)
+    item.note(StepEvent("failover", 0.5, 1.0, group=2, layer=3))  # half of it before the request came
+    item.note(StepEvent("cold_load", 1.4, 0.3, group=1, layer=0, expert=5))  # a part of it at the same time
+    item.note(StepEvent("failover", 9.0, 1.0, group=2, layer=3))  # has nothing to do with it
+    item.enter(Ledger(), 2.0)
+    spent = item.prefill.spent()
+    assert spent == pytest.approx({"failover": 0.5, "expert.cold_load": 0.2, "queue": 0.3})
+    assert [(event.kind, event.seconds) for event in item.events] == [
+        ("failover", pytest.approx(0.5)),
+        ("cold_load", pytest.approx(0.2)),
+    ]
+
+
 def test_the_longest_events_are_kept() -> None:
     item = RequestAccount(0.0)
+    item.enter(Ledger(), 0.0)
     for number in range(100):
         item.note(StepEvent("cold_load", float(number), float(number % 50)))
     assert len(item.events) == MAX_EVENTS

@@ -3,87 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
-from cluster.config import TelemetryConfig, load_config
+from cluster.config import TelemetryConfig
 from cluster.core import LayerCall
-from cluster.errors import ConfigError
-from cluster.telemetry.account import RequestAccount, StepEvent
+from cluster.telemetry.account import StepEvent
 from cluster.telemetry.blame import blame
 from cluster.telemetry.exchange import to_jaeger, to_otlp_json
-from cluster.telemetry.exporters import destinations
 from cluster.telemetry.hub import Telemetry
 from cluster.telemetry.keep import TailSampler
 from cluster.telemetry.ledger import Ledger, Stage
-from cluster.telemetry.logs import JsonLines, TextLines, log_request
-from cluster.telemetry.pump import SpanPump
-from cluster.telemetry.records import PhaseRecord, RequestRecord, SpanRef, StepRecord
+from cluster.telemetry.records import PhaseRecord, SpanRef, StepRecord
 from cluster.telemetry.steps import StepDetail, new_span_id, new_trace_id
-from cluster.telemetry.store import StoreExporter, read_store
-from cluster.telemetry.traces import TraceView, traces_of
+from cluster.telemetry.store import read_store
 from cluster.telemetry.waterfall import waterfall
-from tests.trace_lint import from_jaeger, lint
-
-
-def record(
-    tokens: int = 20,
-    prompt: int = 10,
-    groups: int = 2,
-    straggler_s: float = 0.002,
-    queue_s: float = 0.01,
-    events: tuple[StepEvent, ...] = (),
-    **fields: Any,
-) -> RequestRecord:
-    """A request that decodes steadily."""
-    start_s = time.monotonic() - 100
-    total = Ledger()
-    account = RequestAccount(start_s + 0.001)
-    account.enter(total, start_s + 0.001 + queue_s)
-    now_s = start_s + 0.001 + queue_s
-    for event in events:
-        account.note(event._replace(start_s=now_s))
-        total.wait(event.group, event.layer, Stage.COLD_LOAD, event.seconds)
-        now_s += event.seconds
-    for _ in range(tokens):
-        total.add(Stage.TRUNK, 0.01)
-        for group in range(groups):
-            total.wait(group, 1, Stage.STRAGGLER if group == groups - 1 else Stage.GROUP_COMPUTE, straggler_s)
-            total.called(group, 4, 512)
-        now_s += 0.01 + groups * straggler_s
-        account.token(total, now_s)
-    account.end(total, now_s)
-    whole = account.total()
-    whole.add(Stage.TOKENIZE, 0.001)
-    ids = {"ref": SpanRef(new_trace_id(), new_span_id()), "request_id": "r1", "tokenized_s": start_s + 0.001}
-    sizes = {"prompt_tokens": prompt, "output_tokens": tokens, "max_tokens": tokens, "finish_reason": "length"}
-    return RequestRecord(arrived_s=start_s, ended_s=now_s, ledger=whole, account=account, **{**ids, **sizes, **fields})
-
-
-def traces_from(telemetry_config: TelemetryConfig, records: list[Any]) -> dict[str, TraceView]:
-    telemetry = Telemetry(telemetry_config, "expertmesh-router", {}, "model")
-    for item in records:
-        if isinstance(item, StepRecord):
-            telemetry.step(item)
-        elif isinstance(item, PhaseRecord):
-            telemetry.phases(item)
-        else:
-            telemetry.request(item)
-    assert telemetry.flush(10)
-    telemetry.close()
-    return traces_of(read_store(Path(telemetry_config.store)))
-
-
-def in_store(path: Path, **fields: Any) -> TelemetryConfig:
-    return TelemetryConfig(traces="file", store=str(path), metrics_listen="off", **fields)
+from tests.records import in_store, record, traces_from
+from tests.trace_lint import from_jaeger, lint, spans_of
 
 
 def test_spans_are_well_formed_whatever_the_length_and_the_number_of_groups(tmp_path: Path) -> None:
@@ -92,6 +32,13 @@ def test_spans_are_well_formed_whatever_the_length_and_the_number_of_groups(tmp_
     records += [record(3, error_code="UNAVAILABLE", error="a lone \ud800 surrogate")]
     traces = traces_from(in_store(tmp_path), records)
     assert len(traces) == len(records)
+    # A collector gets the same: encoded by the SDK and read again.
+    telemetry = Telemetry(TelemetryConfig(traces="off"), "expertmesh-router", {}, "model")
+    telemetry.close()
+    for item in records[:3]:
+        encoded = spans_of([encode_spans(telemetry._maker.request(item, "", "ratio"))])
+        assert lint(encoded) == []
+        assert len(encoded) == len(traces[item.ref.trace_id].spans)
     for trace in traces.values():
         assert len(trace.spans) <= 150
         assert lint(trace.spans) == []
@@ -207,128 +154,6 @@ def test_a_ratio_decides_by_the_trace_id_alike_everywhere() -> None:
     assert all(TailSampler(1.0).why(item) for item in records[:20])
 
 
-# -- the pump --------------------------------------------------------------------------------------------------------
-
-
-class Slow(SpanExporter):
-    """An exporter that waits until it may, and fails when told."""
-
-    def __init__(self) -> None:
-        self.may = threading.Event()
-        self.fails = False
-        self.got: list[ReadableSpan] = []
-
-    def export(self, spans: Any) -> SpanExportResult:
-        self.may.wait(20)
-        if self.fails:
-            return SpanExportResult.FAILURE
-        self.got += spans
-        return SpanExportResult.SUCCESS
-
-    def shutdown(self) -> None:
-        self.may.set()
-
-
-def spans(number: int) -> list[ReadableSpan]:
-    return [ReadableSpan(f"span {i}") for i in range(number)]
-
-
-def test_every_span_is_exported_or_counted_and_nobody_waits() -> None:
-    exporter = Slow()
-    pump = SpanPump(exporter, "x", max_spans=1000, delay_s=0.01)
-    random_sizes = [random.randrange(1, 60) for _ in range(100)]
-    began_s = time.monotonic()
-    for size in random_sizes:
-        pump.put(spans(size))
-    assert time.monotonic() - began_s < 5, "an exporter that hangs slows nobody"
-    assert pump.created == sum(random_sizes)
-    assert pump.dropped["queue_full"] == pump.created - pump.waiting()
-    assert pump.dropped["queue_full"] > 0
-    exporter.may.set()
-    assert pump.flush(10)
-    assert pump.exported == len(exporter.got) == pump.created - pump.dropped["queue_full"]
-    exporter.fails = True
-    pump.put(spans(7))
-    assert pump.flush(10)
-    assert pump.dropped["export_failed"] == 7
-    pump.close()
-    pump.put(spans(3))
-    assert pump.dropped["shutdown"] == 3
-    assert pump.created == pump.exported + sum(pump.dropped.values())
-
-
-def test_an_exporter_that_raises_loses_its_batch_only() -> None:
-    class Broken(Slow):
-        def export(self, spans: Any) -> SpanExportResult:
-            raise RuntimeError("planted")
-
-    pump = SpanPump(Broken(), "x", max_spans=100, delay_s=0.01)
-    pump.put(spans(5))
-    assert pump.flush(10)
-    assert pump.dropped["export_failed"] == 5
-    pump.close()
-
-
-def test_progress_has_an_age_only_while_there_is_something_to_do() -> None:
-    clock = [0.0]
-    exporter = Slow()
-    pump = SpanPump(exporter, "x", 100, delay_s=0.01, clock=lambda: clock[0])
-    assert pump.progress_age_s() == 0
-    pump.put(spans(1))
-    clock[0] = 9.0
-    assert pump.progress_age_s() > 0
-    exporter.may.set()
-    pump._exporter.shutdown()
-    limit_s = time.monotonic() + 10
-    while pump.waiting() and time.monotonic() < limit_s:
-        time.sleep(0.01)
-    assert pump.progress_age_s() == 0
-    pump.close(0.1)
-
-
-# -- the store -------------------------------------------------------------------------------------------------------
-
-
-def test_the_store_stays_within_its_bytes_and_keeps_the_newest(tmp_path: Path) -> None:
-    config = in_store(tmp_path, store_bytes=256 * 1024)
-    exporter = StoreExporter(tmp_path, config.store_bytes)
-    telemetry = Telemetry(TelemetryConfig(traces="off"), "x", {}, "m")
-    last = ""
-    for _ in range(300):
-        item = record(20)
-        last = item.ref.trace_id
-        assert exporter.export(telemetry._maker.request(item, "", "ratio")) is SpanExportResult.SUCCESS
-    telemetry.close()
-    exporter.shutdown()
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= config.store_bytes
-    traces = traces_of(read_store(tmp_path))
-    assert list(traces)[-1] == last or last in traces
-    assert len(traces) < 300
-
-
-def test_a_segment_that_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
-    traces_from(in_store(tmp_path), [record(5), record(5)])
-    [segment] = tmp_path.iterdir()
-    data = segment.read_bytes()
-    segment.write_bytes(data[: len(data) - 40])
-    whole = list(read_store(tmp_path))
-    segment.write_bytes(data.replace(b'"trace"', b'"tr\xffce"', 1))
-    damaged = list(read_store(tmp_path))
-    assert len(whole) < len(damaged) + 200
-    segment.write_bytes(data)
-    assert len(list(read_store(tmp_path))) > len(whole)
-
-
-def test_a_store_that_cannot_be_written_drops_and_counts(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a directory")
-    telemetry = Telemetry(in_store(blocked / "store"), "x", {}, "m")
-    telemetry.request(record(5))
-    assert telemetry.flush(10)
-    assert telemetry.counts()["dropped"] == telemetry.counts()["created"] > 0
-    telemetry.close()
-
-
 # -- blame -----------------------------------------------------------------------------------------------------------
 
 
@@ -355,81 +180,3 @@ def test_blame_of_everybody_is_by_seconds_and_of_nobody_is_empty(tmp_path: Path)
     nothing = blame([], 0.99)
     assert nothing.causes == ()
     assert nothing.as_json()["attributed_share_p50"] is None
-
-
-# -- settings and logs -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("environment", "settings", "wanted"),
-    [
-        ({}, {}, ["file"]),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:4317"}, {}, ["otlp"]),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://x:4317"}, {}, ["otlp"]),
-        ({}, {"endpoint": "http://x:4317"}, ["otlp"]),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:4317"}, {"traces": "file"}, ["file"]),
-        ({}, {"traces": "otlp,file"}, ["otlp", "file"]),
-        ({}, {"traces": "off"}, []),
-        ({"OTEL_TRACES_EXPORTER": "none"}, {}, []),
-        ({"OTEL_TRACES_EXPORTER": "otlp"}, {}, ["otlp"]),
-        ({"OTEL_SDK_DISABLED": "true"}, {"traces": "file"}, []),
-    ],
-)
-def test_where_traces_go(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], settings: dict[str, str], wanted: list[str]
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert destinations(TelemetryConfig(**settings)) == wanted  # type: ignore[arg-type]
-
-
-def test_an_exporter_that_is_not_built_in_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
-    with pytest.raises(ConfigError, match=r"OTEL_TRACES_EXPORTER.*zipkin"):
-        destinations(TelemetryConfig())
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("traces", "zipkin"),
-        ("protocol", "thrift"),
-        ("sample_ratio", 1.5),
-        ("queue_spans", 0),
-        ("store_bytes", 10),
-        ("log_level", "loud"),
-        ("log_format", "xml"),
-        ("metrics_listen", "nowhere"),
-    ],
-)
-def test_settings_outside_their_limits_are_refused_by_key(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"telemetry.{key}"):
-        load_config(flags={"telemetry": {key: value}}, environ={})
-
-
-def test_logs_are_one_line_each_with_ids_and_without_text(caplog: pytest.LogCaptureFixture) -> None:
-    item = record(5, answer="a secret answer")
-    item.prompt = "a secret prompt"
-    with caplog.at_level(logging.INFO, logger="cluster.requests"):
-        logging.getLogger("cluster.requests").propagate = True
-        log_request(item)
-    [logged] = caplog.records
-    line = JsonLines().format(logged)
-    told = json.loads(line)
-    assert "\n" not in line
-    assert (told["trace_id"], told["request_id"], told["code"]) == (item.ref.trace_id, "r1", "OK")
-    assert "secret" not in line
-    assert "secret" not in TextLines().format(logged)
-    try:
-        raise ValueError("two\nlines")
-    except ValueError:
-        failed = logging.LogRecord("cluster.x", logging.ERROR, "f", 1, "it\nfailed", None, __import__("sys").exc_info())
-    assert "\n" not in JsonLines().format(failed)
-    assert "\n" not in TextLines().format(failed)
-
-
-def test_no_text_is_in_spans_unless_asked_for(tmp_path: Path) -> None:
-    traces_from(in_store(tmp_path), [record(5)])
-    assert "gen_ai.prompt" not in "".join(file.read_text() for file in tmp_path.iterdir())
-    traces = traces_from(in_store(tmp_path / "with"), [record(5, prompt=10)])
-    assert traces
