@@ -17,6 +17,7 @@ from cluster.commands import (
     bench_trace,
     demo,
     generate,
+    numa,
     serve,
     status,
     trace,
@@ -79,6 +80,12 @@ trace_app.command(
     "switch", epilog=_examples("expertmesh trace switch off", "expertmesh trace switch on --server 127.0.0.1:9000")
 )(trace.trace_switch)
 app.add_typer(trace_app, name="trace")
+numa_app = typer.Typer(help="Where router and groups sit on this machine.", no_args_is_help=True)
+numa_app.command(
+    "show", epilog=_examples("expertmesh numa show", "expertmesh numa show --groups 7 --sysfs ./sys --json")
+)(numa.show)
+numa_app.callback()(lambda: None)  # a group, although it has one command
+app.add_typer(numa_app, name="numa")
 bench_app.command(
     "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
 )(bench.dispatch)

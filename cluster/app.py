@@ -31,6 +31,7 @@ from cluster.core import Deadline, GroupInfo, Membership
 from cluster.errors import ConfigError, ExpertMeshError, InternalError, Unavailable
 from cluster.experts.group import ExpertGroup
 from cluster.experts.serve import ExpertsShell
+from cluster.placement.binding import Binding
 from cluster.placement.planner import table_from_groups
 from cluster.plan import Plan
 from cluster.transport.base import Transport
@@ -67,11 +68,11 @@ class BuildRouter:
 
     plan: Plan
 
-    def __call__(self, config: Config, fetch: Callable[[], Membership]) -> Router:
+    def __call__(self, config: Config, fetch: Callable[[], Membership], binding: Binding) -> Router:
         """The router, with groups in this process or behind links."""
-        threads = config.threads or _cores()
+        threads = config.threads or binding.threads(_cores())
         if not self.plan.one_process:
-            return Router(config, fetch, threads)
+            return Router(config, fetch, threads, binding=binding)
         groups = {i: ExpertGroup(i, held, config, threads, listen=False) for i, held in enumerate(self.plan.holdings)}
 
         def membership() -> Membership:
@@ -81,7 +82,7 @@ class BuildRouter:
         def link(info: GroupInfo, _deadline: Deadline) -> Transport:
             return InprocTransport(info.group, groups[info.group].host)
 
-        return Router(config, membership, threads, link)
+        return Router(config, membership, threads, link, binding)
 
 
 def _cores() -> int:
@@ -231,8 +232,8 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         ExpertMeshError: what a process failed with while it started.
     """
     config = plan.config
-    single_host = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    if single_host:
+    hosts = len([node for node in ray.nodes() if node["Alive"]])
+    if hosts == 1:
         check_fits(plan.processes, available_bytes(), "this machine")
     gpus = _gpus_each(plan)
     taken = applications()
@@ -248,10 +249,10 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         progress(f"loading the router and {len(groups)} expert groups" if groups else "loading the router")
         deployment.apps = [APP, *groups]
         targets = [
-            serve.RunTarget(_group(plan, i, gpus), name=name, route_prefix=None) for i, name in enumerate(groups)
+            serve.RunTarget(_group(plan, i, gpus, hosts), name=name, route_prefix=None) for i, name in enumerate(groups)
         ]
         route = "/" if config.front_door == "serve" else None
-        _run([*targets, serve.RunTarget(_router(plan, gpus), name=APP, route_prefix=route)])
+        _run([*targets, serve.RunTarget(_router(plan, gpus, hosts), name=APP, route_prefix=route)])
         if config.front_door == "serve":
             wait_for_port(config.listen, INGRESS_TIMEOUT_S)
         else:
@@ -294,7 +295,7 @@ def _deployment(kind: type, **options: Any) -> Any:
     return make(kind, num_replicas=1, graceful_shutdown_wait_loop_s=0.1, **options)
 
 
-def _group(plan: Plan, group: int, gpus: int) -> serve.Application:
+def _group(plan: Plan, group: int, gpus: int, hosts: int) -> serve.Application:
     threads = plan.config.threads or max(1, _cores() // max(1, len(plan.holdings)))
     deployment = _deployment(
         ExpertsShell,
@@ -305,11 +306,13 @@ def _group(plan: Plan, group: int, gpus: int) -> serve.Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=2,
     )
-    application: serve.Application = deployment.bind(group, plan.holdings[group], plan.config, threads)
+    application: serve.Application = deployment.bind(
+        group, plan.holdings[group], plan.config, threads, len(plan.holdings), hosts
+    )
     return application
 
 
-def _router(plan: Plan, gpus: int) -> serve.Application:
+def _router(plan: Plan, gpus: int, hosts: int) -> serve.Application:
     coordinator = None
     if not plan.one_process:
         coordinator = _deployment(
@@ -333,7 +336,7 @@ def _router(plan: Plan, gpus: int) -> serve.Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
     )
-    application: serve.Application = router.bind(BuildRouter(plan), plan.config, coordinator)
+    application: serve.Application = router.bind(BuildRouter(plan), plan.config, coordinator, hosts)
     return application
 
 

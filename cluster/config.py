@@ -168,6 +168,8 @@ class Config:
     """Ray cluster to join; empty starts a local one."""
     threads: int = 0
     """Compute threads of each process; 0 divides the cores of the machine."""
+    numa: str = "auto"
+    """auto binds processes to NUMA nodes where there are several; off; strict: and fails if memory lands elsewhere."""
     start_timeout_s: float = 600.0
     """How long router and coordinator wait for the groups to load."""
     drain_s: float = 30.0
@@ -185,6 +187,7 @@ class Config:
         _one_of("packed_experts", self.packed_experts, ("auto", "on", "off"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("front_door", self.front_door, ("router", "serve"))
+        _one_of("numa", self.numa, ("auto", "off", "strict"))
         self._check_transport()
         _at_least("groups", self.groups, 0)
         _at_least("threads", self.threads, 0)

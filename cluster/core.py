@@ -143,6 +143,8 @@ class GroupInfo:
     anonymous_bytes: int = 0
     calls: int = 0
     progress_age_s: float = 0.0
+    numa_node: int = -1
+    numa_local_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

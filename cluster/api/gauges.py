@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.engine.engine import Engine
+from cluster.placement.binding import Binding
 from cluster.routing.fabric import Fabric
 from cluster.telemetry.metrics import Gauge
 
 Values = list[tuple[Mapping[str, str], float]]
 
 
-def router_gauges(fabric: Fabric, engine: Engine) -> list[Gauge]:
+def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> list[Gauge]:
     """Gauges and counters over a router's state, read when somebody looks."""
 
     def healthy() -> Values:
@@ -53,7 +54,14 @@ def router_gauges(fabric: Fabric, engine: Engine) -> list[Gauge]:
             ({"loop": "coordinator"}, fabric.membership.progress_age_s),
         ]
 
+    def local_memory() -> Values:
+        own = binding.where().local_ratio if binding is not None else None
+        groups = fabric.membership.groups.values()
+        ratios = [("router", own), *((f"group-{info.group}", info.numa_local_ratio) for info in groups)]
+        return [({"process": name}, ratio) for name, ratio in ratios if ratio is not None]
+
     return [
+        Gauge("moe.numa.local_ratio", "", "Share of memory on the node where it belongs.", local_memory),
         Gauge("moe.group.healthy", "", "A link to the group is up.", healthy),
         Gauge("moe.expert.resident", "{expert}", "Experts that the group holds in memory.", resident),
         Gauge("moe.expert.load_ratio", "", "Tokens of the busiest group over the mean of all.", load_ratio),

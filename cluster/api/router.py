@@ -23,6 +23,7 @@ from cluster.experts.group import visible_devices
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
 from cluster.model.trunk import Trunk
+from cluster.placement.binding import Binding, Where, numa_attributes
 from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
 from cluster.routing.fabric import Fabric
@@ -46,7 +47,7 @@ class Router:
     """Holds the trunk and runs the engine. The constructor returns after one synthetic step went the whole way.
 
     ``fetch`` gives the coordinator's membership. ``local_links`` replaces network links where groups live in this
-    process.
+    process. ``binding`` says where this process sits, if anybody placed it.
 
     Raises (constructor):
         ExpertMeshError: the model cannot be served, or a group cannot be reached.
@@ -58,8 +59,9 @@ class Router:
         fetch: Callable[[], Membership],
         threads: int,
         local_links: Callable[[GroupInfo, Deadline], Transport] | None = None,
+        binding: Binding | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._binding = config, binding
         started = PhaseRecord("moe.startup", time.monotonic())
         self._checkpoint = checkpoint = Checkpoint(config.model)
         self._device = device = pick_device(config.device)
@@ -67,7 +69,11 @@ class Router:
         self._dtype = DTYPE_NAMES[dtype]
         self._exact = config.expert_dtype in ("auto", self._dtype)
         self.telemetry = telemetry_of(
-            config.telemetry, "expertmesh-router", {"moe.device": str(device)}, checkpoint.path.name, serve_metrics=True
+            config.telemetry,
+            "expertmesh-router",
+            {"moe.device": str(device), **numa_attributes(binding)},
+            checkpoint.path.name,
+            serve_metrics=True,
         )
         torch.set_num_threads(threads)
         self.fabric = Fabric(fetch, local_links or self._connector())
@@ -102,8 +108,10 @@ class Router:
         )
         keep_text = config.telemetry.log_prompts
         self.served = Served(self.engine, tokenizer, limits, info, self.status, self.telemetry, keep_text)
+        if binding is not None:
+            binding.check()
         if self.telemetry is not None:
-            self.telemetry.gauges(router_gauges(self.fabric, self.engine))
+            self.telemetry.gauges(router_gauges(self.fabric, self.engine, binding))
             self.telemetry.phases(started)
 
     def _connector(self) -> Connector:
@@ -156,8 +164,11 @@ class Router:
         )
         for group, info in sorted(membership.groups.items()):
             reply.groups.append(_group_status(info, *links.get(group, (NO_LINK, 0))))
+        where = self._binding.where() if self._binding is not None else Where()
         reply.router.CopyFrom(
             control_pb2.ProcessStatus(
+                numa_node=where.node,
+                numa_local_ratio=where.local_ratio,
                 pid=facts.pid,
                 host=facts.host,
                 device=str(self._device),
@@ -238,6 +249,8 @@ def _group_status(info: GroupInfo, link: LinkStatus, reconnects: int) -> control
         incarnation=info.incarnation,
         progress_age_s=info.progress_age_s,
         process=control_pb2.ProcessStatus(
+            numa_node=info.numa_node,
+            numa_local_ratio=info.numa_local_ratio,
             pid=info.pid,
             host=info.host,
             device=info.device,

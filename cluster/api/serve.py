@@ -22,12 +22,14 @@ from cluster.api.status import as_known, grpc_status
 from cluster.config import Config
 from cluster.core import Membership
 from cluster.errors import InternalError, Unavailable
+from cluster.experts.group import own_gpu
+from cluster.placement.binding import Binding
 from cluster.rpc.v1 import control_pb2, inference_pb2
 from cluster.telemetry import logs
 
 FETCH_TIMEOUT_S = 5.0
 
-BuildRouter = Callable[[Config, Callable[[], Membership]], Router]
+BuildRouter = Callable[[Config, Callable[[], Membership], Binding], Router]
 
 
 class RouterShell:
@@ -35,7 +37,7 @@ class RouterShell:
 
     # Serve awaits constructors.
     async def __init__(  # type: ignore[misc]
-        self, build: BuildRouter, config: Config, coordinator: DeploymentHandle[Any] | None
+        self, build: BuildRouter, config: Config, coordinator: DeploymentHandle[Any] | None, hosts: int = 1
     ) -> None:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
         self._coordinator = coordinator
@@ -47,13 +49,18 @@ class RouterShell:
             self._server = ClientServer(self._frontend, self._health)
             self._port = await self._server.start(config.listen)
         try:
-            self._router = await asyncio.to_thread(build, config, self._membership)
+            self._router = await asyncio.to_thread(self._build, build, config, hosts)
         except BaseException:
             if self._server is not None:
                 await self._server.stop(0)
             raise
         self._frontend.ready(self._router.served)
         await self._health.set(serving=True)
+
+    def _build(self, build: BuildRouter, config: Config, hosts: int) -> Router:
+        """In the thread that loads everything and starts the others: they inherit its memory policy."""
+        binding = Binding.of_router(config.numa, config.groups, own_gpu(config.device), hosts)
+        return build(config, self._membership, binding)
 
     def _membership(self) -> Membership:
         assert self._coordinator is not None

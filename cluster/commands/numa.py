@@ -16,15 +16,19 @@ from cluster.placement.seats import SeatPlan, plan_seats
 
 def show(
     sysfs: Annotated[Path, typer.Option(help="Root of a sysfs tree; another machine's copy will do.")] = SYSFS,
-    groups: Annotated[int, typer.Option(help="Expert groups to plan for.")] = 2,
+    groups: Annotated[
+        int | None, typer.Option(help="Expert groups to plan for; default: one a GPU beside the router's, or 2.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the machine's nodes, cores and GPUs, and where router and groups would sit."""
     if not (sysfs / "devices/system/cpu").is_dir():
         raise InvalidArgument("--sysfs", str(sysfs), "must be a sysfs root, with devices/system/cpu in it")
+    topology = read_topology(sysfs)
+    if groups is None:
+        groups = max(1, len(topology.gpus) - 1) if topology.gpus else 2
     if not 0 <= groups <= 4096:
         raise InvalidArgument("--groups", groups, "must be from 0 to 4096")
-    topology = read_topology(sysfs)
     plan = plan_seats(topology, groups)
     if as_json:
         emit(_as_json(topology, plan))

@@ -30,6 +30,7 @@ def serve(
     transport: Annotated[
         str | None, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
     ] = None,
+    numa: Annotated[str | None, typer.Option(help="auto, off or strict: bind processes to NUMA nodes.")] = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="Let clients ask for full logits.")] = None,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM, which let running requests finish."""
@@ -42,6 +43,7 @@ def serve(
         "dtype": dtype,
         "device": device,
         "expert_dtype": expert_dtype,
+        "numa": numa,
         "verify": verify,
         "data_plane": {"transport": transport},
     }

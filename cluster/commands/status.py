@@ -41,6 +41,11 @@ def _link(group: control_pb2.GroupStatus) -> str:
     return f"{text} ({told})" if told else text
 
 
+def _place(process: control_pb2.ProcessStatus) -> str:
+    ratio = f", {process.numa_local_ratio:.0%} of its memory there" if process.HasField("numa_local_ratio") else ""
+    return f"on node {process.numa_node}{ratio}" if process.numa_node >= 0 else "not bound"
+
+
 def _numbers(value: Any) -> Any:
     """64-bit integers, which protobuf writes as JSON strings, as numbers again."""
     if isinstance(value, dict):
@@ -109,6 +114,9 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
     stdout.print(table)
     for group in reply.groups:
         stdout.print(f"group {group.group}: {_link(group)}", markup=False)
+    numa = [("router", reply.router), *((f"group {g.group}", g.process) for g in reply.groups)]
+    places = ", ".join(f"{name} {_place(process)}" for name, process in numa)
+    stdout.print(f"NUMA: {places}", markup=False)
     engine = reply.engine
     stdout.print(
         f"engine: {engine.running} running, {engine.waiting} waiting, {engine.finished} finished, {engine.cancelled} "

@@ -17,6 +17,7 @@ from cluster.experts.identity import Identity
 from cluster.experts.loads import LoadNotes
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
+from cluster.placement.binding import Binding, Where, numa_attributes
 from cluster.placement.planner import Holdings
 from cluster.telemetry.hub import telemetry_of
 from cluster.telemetry.memory import give_back_memory, process_facts
@@ -34,8 +35,8 @@ class ExpertGroup:
     """Loads ``holdings`` (per MoE layer, sorted logical experts) and computes them.
 
     With ``listen`` it also serves the data plane on ``config.data_plane.bind``; when that is all interfaces, routers
-    are told ``host_address``. The constructor returns when every
-    layer has computed once.
+    are told ``host_address``. ``binding`` says where this process sits, if anybody placed it. The constructor returns
+    when every layer has computed once.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class ExpertGroup:
         threads: int,
         listen: bool = True,
         host_address: str = "127.0.0.1",
+        binding: Binding | None = None,
     ) -> None:
-        self.group = group
+        self.group, self._binding = group, binding
         started = PhaseRecord("moe.startup", time.monotonic())
         self._incarnation = uuid.uuid4().hex
         checkpoint = Checkpoint(config.model)
@@ -63,7 +65,7 @@ class ExpertGroup:
         self.telemetry = telemetry_of(
             config.telemetry,
             "expertmesh-experts",
-            {"moe.group": group, "moe.device": str(self._device)},
+            {"moe.group": group, "moe.device": str(self._device), **numa_attributes(binding)},
             checkpoint.path.name,
             serve_metrics=False,
         )
@@ -79,6 +81,8 @@ class ExpertGroup:
         self._warm_up(hidden_size, dtype)
         started.done("warm_up", time.monotonic())
         give_back_memory()
+        if binding is not None:
+            binding.check()
         self._started_s = time.monotonic()
         identity = Identity(group, self._incarnation, self._fingerprint, self._dtype, config.data_plane.secret)
         self.shm_server: ShmServer | None = None
@@ -116,6 +120,7 @@ class ExpertGroup:
     def info(self) -> GroupInfo:
         """What this group says of itself."""
         facts = process_facts()
+        where = self._binding.where() if self._binding is not None else Where()
         return GroupInfo(
             group=self.group,
             address=self.server.address if self.server is not None else "",
@@ -132,6 +137,8 @@ class ExpertGroup:
             anonymous_bytes=facts.anonymous_bytes,
             calls=self.host.calls,
             progress_age_s=self.host.progress_age_s(),
+            numa_node=where.node,
+            numa_local_ratio=where.local_ratio,
         )
 
     def close(self) -> None:
@@ -158,6 +165,12 @@ def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, thr
         finally:
             torch.set_num_threads(before)
     return Compute(dtype, device, config.expert_dtype, threads, table, config.packed_experts == "on")
+
+
+def own_gpu(wanted: str) -> str | None:
+    """PCI address of the GPU that this process computes on, as sysfs writes it; None on CPUs."""
+    address = pci_address(pick_device(wanted))
+    return f"{address}.0" if address else None
 
 
 def visible_devices() -> str:

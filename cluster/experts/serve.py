@@ -7,7 +7,8 @@ import ray
 from cluster.config import Config
 from cluster.core import GroupId, GroupInfo
 from cluster.errors import Unavailable
-from cluster.experts.group import ExpertGroup
+from cluster.experts.group import ExpertGroup, own_gpu
+from cluster.placement.binding import Binding
 from cluster.placement.planner import Holdings
 from cluster.telemetry import logs
 
@@ -15,9 +16,15 @@ from cluster.telemetry import logs
 class ExpertsShell:
     """Deployment ``group`` of the application ``experts-<i>``. Layer calls do not come through here."""
 
-    def __init__(self, group: GroupId, holdings: Holdings, config: Config, threads: int) -> None:
+    def __init__(
+        self, group: GroupId, holdings: Holdings, config: Config, threads: int, groups: int = 1, hosts: int = 1
+    ) -> None:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
-        self._group = ExpertGroup(group, holdings, config, threads, host_address=ray.util.get_node_ip_address())
+        gpu = own_gpu(config.device)
+        binding = Binding.of_group(config.numa, group, groups, gpu, hosts)
+        threads = config.threads or binding.threads(threads)
+        host_address = ray.util.get_node_ip_address()
+        self._group = ExpertGroup(group, holdings, config, threads, host_address=host_address, binding=binding)
 
     def info(self) -> GroupInfo:
         """See `ExpertGroup`."""

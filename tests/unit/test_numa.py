@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.errors import ConfigError
 from cluster.placement import numa
+from cluster.placement.binding import Binding, numa_attributes
 from cluster.placement.numa import Topology, format_list, parse_list, read_topology
 from cluster.placement.seats import Seat, plan_seats
 from tests.sysfs import CONTAINER, EPYC_NPS4, GIB, LAPTOP, ODD_NODES, TWO_SOCKETS_8_GPUS, Machine, build, cores
@@ -162,3 +164,81 @@ def test_this_machine_is_read_bound_and_read_back() -> None:
 def test_what_the_kernel_refuses_is_said() -> None:
     with pytest.raises(numa.NumaError, match="set"):
         numa.set_memory_policy([1000], strict=True)
+
+
+class Kernel:
+    """Stands in for the system calls; remembers what was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, local: float = 1.0, elsewhere: int = 0) -> None:
+        self.policies: list[tuple[list[int], bool]] = []
+        self.cpus: list[tuple[int, ...]] = []
+        monkeypatch.setattr(numa, "set_memory_policy", lambda nodes, strict: self.policies.append((nodes, strict)))
+        monkeypatch.setattr(numa, "bind_threads", lambda cpus: self.cpus.append(tuple(cpus)) or 3)
+        monkeypatch.setattr(numa, "local_ratio", lambda node: local)
+        monkeypatch.setattr(numa, "threads_elsewhere", lambda cpus: [7] * elsewhere)
+
+
+def test_a_process_takes_its_seat_and_tells_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = read_topology(build(EPYC_NPS4, tmp_path))
+    kernel = Kernel(monkeypatch, local=0.98)
+    binding = Binding("auto", "group-2", 7, topology=topology)
+    assert kernel.policies == [([3], False)]
+    assert kernel.cpus == [tuple(range(24, 32))]
+    assert binding.threads(otherwise=1) == 8
+    binding.check()
+    where = binding.where()
+    assert (where.node, where.cpus, where.local_ratio) == (3, "24-31", 0.98)
+    assert numa_attributes(binding) == {"moe.numa.node": 3}
+
+
+def test_beside_its_gpu_whichever_ray_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = read_topology(build(TWO_SOCKETS_8_GPUS, tmp_path))
+    kernel = Kernel(monkeypatch)
+    binding = Binding("strict", "group-0", 2, gpu="0000:98:00.0", hosts=4, topology=topology)
+    assert kernel.policies == [([1], True)]
+    assert binding.seat is not None
+    assert set(binding.seat.cpus) == {*range(40, 48), *range(104, 112)}
+
+
+def test_on_several_machines_a_group_takes_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    Binding("auto", "group-8", 20, hosts=5, topology=read_topology(build(EPYC_NPS4, tmp_path)))
+    assert kernel.cpus == [tuple(range(8, 16))]
+
+
+def test_strict_fails_where_memory_or_threads_are_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = read_topology(build(EPYC_NPS4, tmp_path))
+    for local, elsewhere, words in ((0.5, 0, "50% of the memory"), (1.0, 2, "2 threads")):
+        Kernel(monkeypatch, local, elsewhere)
+        binding = Binding("strict", "router", 3, topology=topology)
+        with pytest.raises(ConfigError, match=words):
+            binding.check()
+        Binding("auto", "router", 3, topology=topology).check()
+
+
+def test_a_kernel_that_refuses_ends_strict_and_leaves_auto_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = read_topology(build(EPYC_NPS4, tmp_path))
+
+    def refuse(nodes: object, strict: bool) -> None:
+        raise numa.NumaError(1, "planted")
+
+    monkeypatch.setattr(numa, "set_memory_policy", refuse)
+    binding = Binding("auto", "router", 3, topology=topology)
+    assert binding.seat is None
+    assert "planted" in binding.where().note
+    with pytest.raises(ConfigError, match="strict"):
+        Binding("strict", "router", 3, topology=topology)
+
+
+def test_one_node_or_off_binds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    topology = read_topology(build(LAPTOP, tmp_path))
+    for mode in ("auto", "strict", "off"):
+        binding = Binding(mode, "router", 2, topology=topology)
+        binding.check()
+        assert binding.threads(otherwise=5) == 5
+        assert binding.where().local_ratio == (None if mode == "off" else 1.0)
+        assert numa_attributes(binding) == {}
+    assert kernel.cpus == []

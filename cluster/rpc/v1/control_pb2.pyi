@@ -126,6 +126,8 @@ class ProcessStatus(_message.Message):
     VISIBLE_DEVICES_FIELD_NUMBER: _builtins.int
     RSS_BYTES_FIELD_NUMBER: _builtins.int
     ANONYMOUS_BYTES_FIELD_NUMBER: _builtins.int
+    NUMA_NODE_FIELD_NUMBER: _builtins.int
+    NUMA_LOCAL_RATIO_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     """Operating-system process id, and the host it runs on."""
     host: _builtins.str
@@ -135,6 +137,10 @@ class ProcessStatus(_message.Message):
     rss_bytes: _builtins.int
     """Resident and anonymous memory, bytes."""
     anonymous_bytes: _builtins.int
+    numa_node: _builtins.int
+    """NUMA node that it is bound to; -1 where it is not."""
+    numa_local_ratio: _builtins.float
+    """Share of its anonymous memory that lies on the node where it belongs. Unset where nobody knows."""
     def __init__(
         self,
         *,
@@ -144,12 +150,16 @@ class ProcessStatus(_message.Message):
         visible_devices: _builtins.str = ...,
         rss_bytes: _builtins.int = ...,
         anonymous_bytes: _builtins.int = ...,
+        numa_node: _builtins.int = ...,
+        numa_local_ratio: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio", "numa_local_ratio", b"numa_local_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "device", b"device", "host", b"host", "pid", b"pid", "rss_bytes", b"rss_bytes", "visible_devices", b"visible_devices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio", "anonymous_bytes", b"anonymous_bytes", "device", b"device", "host", b"host", "numa_local_ratio", b"numa_local_ratio", "numa_node", b"numa_node", "pid", b"pid", "rss_bytes", b"rss_bytes", "visible_devices", b"visible_devices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__numa_local_ratio: _TypeAlias = _typing.Literal["numa_local_ratio"]  # noqa: Y015
+    _WhichOneofArgType__numa_local_ratio: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__numa_local_ratio) -> _WhichOneofReturnType__numa_local_ratio | None: ...
 
 Global___ProcessStatus: _TypeAlias = ProcessStatus  # noqa: Y015
 
