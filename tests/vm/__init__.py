@@ -1,0 +1,1 @@
+"""Tests on kernels that are not this machine's, in a virtual machine."""
