@@ -155,6 +155,9 @@ class Config:
     expert_dtype: str = "auto"
     """Of expert weights: auto (the served dtype, exact); fp32, bf16 or int8 (on CPUs that serve fp32; other weights
     than the checkpoint's, so answers say that they are not exact)."""
+    expert_memory: str = "all"
+    """Of a group, for experts in memory: all, or bytes such as 512M or 4G (powers of 1024). What does not fit is loaded
+    when it is called for."""
     packed_experts: str = "auto"
     """on: CPUs keep a second copy of expert weights in the layout that is best for many rows; off: they do not; auto:
     where memory permits."""
@@ -189,6 +192,7 @@ class Config:
         _one_of("front_door", self.front_door, ("router", "serve"))
         _one_of("numa", self.numa, ("auto", "off", "strict"))
         self._check_transport()
+        self.memory_bytes()
         _at_least("groups", self.groups, 0)
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
@@ -224,6 +228,25 @@ class Config:
         _at_least("telemetry.detail_steps", telemetry.detail_steps, 0)
         if telemetry.metrics_listen not in ("auto", "off"):
             split_address("telemetry.metrics_listen", telemetry.metrics_listen)
+
+    def memory_bytes(self) -> int:
+        """``expert_memory`` as bytes; 0 for all.
+
+        Raises:
+            ConfigError: it is not a number of bytes.
+        """
+        text = self.expert_memory.strip()
+        if text == "all":
+            return 0
+        number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+        scale = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}.get(unit)
+        try:
+            count = float(number)
+        except ValueError:
+            count = -1.0
+        if scale is None or not (math.isfinite(count) and count * (scale or 1) >= 1):
+            raise ConfigError(f"expert_memory: got {self.expert_memory!r}; must be all, or bytes such as 512M or 4G")
+        return int(count * scale)
 
     def _check_transport(self) -> None:
         kinds = self.transports()

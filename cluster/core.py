@@ -121,6 +121,24 @@ class LayerCall(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """How a group whose experts exceed its budget gets on: experts in memory and that fit, and since its start how
+    often one was there when a call came (``hits``), calls that waited (``stalls``), loads and evictions."""
+
+    budget_bytes: int
+    resident: int
+    capacity: int
+    hits: int = 0
+    stalls: int = 0
+    stalled_s: float = 0.0
+    loads: int = 0
+    loads_s: float = 0.0
+    loaded_bytes: int = 0
+    evictions: int = 0
+    progress_age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class GroupInfo:
     """What a group says of itself: where its data plane listens and what it holds.
 
@@ -145,6 +163,7 @@ class GroupInfo:
     progress_age_s: float = 0.0
     numa_node: int = -1
     numa_local_ratio: float | None = None
+    store: StoreFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)

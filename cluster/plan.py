@@ -67,7 +67,9 @@ def _with_sizes(plan: Plan, weights: WeightMap, dtype: torch.dtype) -> Plan:
 
     def sizes(copies: int) -> list[Footprint]:
         cache = config.engine.kv_cache_bytes
-        return footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, 2 if on_cpu else 1)
+        trunk_copies = 2 if on_cpu else 1
+        budget = config.memory_bytes()
+        return footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, trunk_copies, budget)
 
     packed = config.packed_experts
     if packed == "auto":

@@ -25,7 +25,10 @@ def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> li
 
     def resident() -> Values:
         groups = fabric.membership.groups.values()
-        return [({"group": str(info.group)}, float(sum(map(len, info.holdings)))) for info in groups]
+        return [
+            ({"group": str(info.group)}, float(info.store.resident if info.store else sum(map(len, info.holdings))))
+            for info in groups
+        ]
 
     def load_ratio() -> Values:
         tokens = [item.tokens for item in engine.totals().groups()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -259,6 +260,8 @@ def _group_status(info: GroupInfo, link: LinkStatus, reconnects: int) -> control
             anonymous_bytes=info.anonymous_bytes,
         ),
     )
+    if info.store is not None:
+        status.store.CopyFrom(control_pb2.ExpertStoreStatus(**dataclasses.asdict(info.store)))
     for experts in info.holdings:
         status.holdings.add(experts=experts)
     return status

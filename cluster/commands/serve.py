@@ -30,6 +30,9 @@ def serve(
     transport: Annotated[
         str | None, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
     ] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Of a group, for experts in memory: all, or bytes such as 512M or 4G.")
+    ] = None,
     numa: Annotated[str | None, typer.Option(help="auto, off or strict: bind processes to NUMA nodes.")] = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="Let clients ask for full logits.")] = None,
 ) -> None:
@@ -43,6 +46,7 @@ def serve(
         "dtype": dtype,
         "device": device,
         "expert_dtype": expert_dtype,
+        "expert_memory": expert_memory,
         "numa": numa,
         "verify": verify,
         "data_plane": {"transport": transport},

@@ -114,6 +114,13 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
     stdout.print(table)
     for group in reply.groups:
         stdout.print(f"group {group.group}: {_link(group)}", markup=False)
+        if group.HasField("store"):
+            store = group.store
+            stdout.print(
+                f"  experts: {store.resident} in memory, {store.capacity} fit {store.budget_bytes / mib:.0f} MiB; "
+                f"{store.loads} loads ({store.loads_s:.1f} s), {store.stalls} calls waited {store.stalled_s:.1f} s",
+                markup=False,
+            )
     numa = [("router", reply.router), *((f"group {g.group}", g.process) for g in reply.groups)]
     places = ", ".join(f"{name} {_place(process)}" for name, process in numa)
     stdout.print(f"NUMA: {places}", markup=False)

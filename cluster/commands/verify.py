@@ -27,6 +27,9 @@ def verify(
     expert_dtype: Annotated[
         str, typer.Option(help="auto, bf16 or int8: of expert weights; other than auto, accuracy is checked instead.")
     ] = "auto",
+    expert_memory: Annotated[
+        str, typer.Option(help="Of a group, for experts in memory: all, or bytes such as 512M.")
+    ] = "all",
     config: ConfigFile = None,
     reference: Annotated[
         str | None, typer.Option(help="Compare with this checkpoint instead of the served one.")
@@ -54,7 +57,7 @@ def verify(
     load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed, shared_prefix)
     listen = "127.0.0.1:0" if front_door == "router" else DEFAULT_SERVER
     flags = {"dtype": "fp32", "verify": True, "front_door": front_door, "listen": listen, "address": address}
-    flags["expert_dtype"] = expert_dtype
+    flags |= {"expert_dtype": expert_dtype, "expert_memory": expert_memory}
 
     def settings(path: str, count: int, kinds: str) -> Config:
         return load_config(config, flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds}})
@@ -100,6 +103,7 @@ def verify(
                 **checks.compare(oracles[path], answers, load.tokens),
                 "expert_dtype": status.expert_dtype or status.dtype,
                 "expert_bytes": [group.expert_bytes for group in status.groups],
+                "cold_stalls": sum(group.store.stalls for group in status.groups),
                 "anonymous_bytes": [group.process.anonymous_bytes for group in status.groups],
                 "preemptions": status.engine.preemptions,
                 "prefix_hit_tokens": status.engine.prefix_hit_tokens,

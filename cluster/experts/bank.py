@@ -18,6 +18,8 @@ from cluster.core import GroupId
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.crew import Crew
 from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, fits_half
+from cluster.experts.loads import LoadNotes
+from cluster.experts.store import ExpertStore
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES
 from cluster.weights.kernels import KernelTable
@@ -38,6 +40,8 @@ class Compute:
     threads: int = 1
     table: KernelTable | None = None
     packed: bool = False
+    memory_bytes: int = 0
+    """Budget for experts in memory; 0: all of them."""
 
     @property
     def exact(self) -> bool:
@@ -47,7 +51,8 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class _LayerBank:
-    """One layer's experts: ``slot_of_E[e]`` is the slot of logical expert ``e``, or -1."""
+    """One layer's experts: ``slot_of_E[e]`` is the slot of logical expert ``e``, or -1; in a store, where slots change
+    hands, any other number only says that the group holds it."""
 
     slot_of_E: Any
     experts: LayerExperts
@@ -55,13 +60,16 @@ class _LayerBank:
 
 
 class ExpertBank:
-    """All experts of one group, resident in memory, by MoE layer. Used by one thread at a time.
+    """All experts of one group by MoE layer, resident in memory or, where the budget does not hold them, in a store.
+    Used by one thread at a time.
 
     ``holdings[layer]`` are the sorted logical experts of that layer.
     """
 
-    def __init__(self, group: GroupId, layers: Sequence[_LayerBank], how: Compute) -> None:
-        self.group, self._layers, self.how = group, list(layers), how
+    def __init__(
+        self, group: GroupId, layers: Sequence[_LayerBank], how: Compute, store: ExpertStore | None = None
+    ) -> None:
+        self.group, self._layers, self.how, self.store = group, list(layers), how, store
         self.dtype, self.device = how.dtype, how.device
         self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
         self.holdings = tuple(tuple(np.flatnonzero(layer.slot_of_E >= 0).tolist()) for layer in self._layers)
@@ -73,9 +81,11 @@ class ExpertBank:
         weights: WeightMap,
         holdings: Sequence[Sequence[int]],
         how: Compute,
+        notes: LoadNotes | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExpertBank:
-        """Reads the slices of the checkpoint that hold ``holdings`` (per MoE layer, sorted logical experts).
+        """Reads the slices of the checkpoint that hold ``holdings`` (per MoE layer, sorted logical experts), or
+        nothing yet where they go to a store, which tells ``notes`` what calls wait for.
 
         ``progress(done, total)`` is called after each layer.
 
@@ -84,6 +94,10 @@ class ExpertBank:
         """
         banks = []
         moe_layers = weights.skeleton.moe_layers
+        sizes = [weights.expert_bytes(layer, how.dtype) for layer in moe_layers]
+        needed = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
+        if how.memory_bytes and needed > how.memory_bytes:
+            return _stored(group, weights, holdings, how, notes or LoadNotes())
         for layer, experts in zip(moe_layers, holdings, strict=True):
             banks.append(_load_layer(weights, layer, list(experts), how))
             if progress is not None:
@@ -92,8 +106,8 @@ class ExpertBank:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights, second copies included."""
-        return sum(layer.experts.num_bytes for layer in self._layers)
+        """Bytes of all weights in memory, second copies included."""
+        return self.store.num_bytes if self.store is not None else sum(item.experts.num_bytes for item in self._layers)
 
     @torch.inference_mode()
     def compute(self, layer: int, rows: LayerRows) -> torch.Tensor:
@@ -116,6 +130,25 @@ class ExpertBank:
         if not experts_P.size:
             return partial_TH
         slot_P = self._slots(bank, layer, rows_P, experts_P, hidden_TH.shape[0])
+        if self.store is None:
+            return self._add(bank, partial_TH, hidden_TH, rows_P, weight_P, slot_P)
+        for wave in self.store.waves(layer, np.unique(experts_P).tolist()):
+            pairs = np.flatnonzero(np.isin(experts_P, wave))
+            with self.store.pinned(layer, wave) as slots:
+                slot_P = np.array([slots[expert] for expert in experts_P[pairs].tolist()], np.int64)
+                self._add(bank, partial_TH, hidden_TH, rows_P[pairs], weight_P[pairs], slot_P)
+        return partial_TH
+
+    def _add(
+        self,
+        bank: _LayerBank,
+        partial_TH: torch.Tensor,
+        hidden_TH: torch.Tensor,
+        rows_P: Any,
+        weight_P: Any,
+        slot_P: Any,
+    ) -> torch.Tensor:
+        """Adds what the experts in some slots make of their rows."""
         counts_S = np.bincount(slot_P, minlength=bank.num_slots)
         slots = bank.experts.order(counts_S)
         rank_S = np.zeros(bank.num_slots, np.int64)
@@ -167,6 +200,31 @@ class ExpertBank:
     def close(self) -> None:
         """Ends the threads."""
         self._crew.close()
+        if self.store is not None:
+            self.store.close()
+
+
+def _stored(
+    group: GroupId, weights: WeightMap, holdings: Sequence[Sequence[int]], how: Compute, notes: LoadNotes
+) -> ExpertBank:
+    """A bank whose experts are loaded when calls name them."""
+    layers = weights.skeleton.moe_layers
+    if not how.exact or how.device.type != "cpu":
+        raise ConfigError("expert_memory: a budget is for experts in the served dtype, on CPUs")
+    shapes = [{key: tuple(p.shape[1:]) for key, p in layer.module.named_parameters()} for layer in layers]
+
+    def read(layer: int, expert: int) -> dict[str, torch.Tensor]:
+        return weights.read_experts(layers[layer], [expert], how.dtype)
+
+    store = ExpertStore(read, shapes, holdings, how.memory_bytes, how.dtype, notes)
+    banks = []
+    for layer, experts in zip(layers, holdings, strict=True):
+        slot_of_E = np.full(layer.num_experts, -1, np.int64)
+        slot_of_E[list(experts)] = 0
+        pool = store.pool(layer.layer)
+        dense = DenseExperts(layer.module, pool.tensors, how.table, packed=False)
+        banks.append(_LayerBank(slot_of_E, dense, max(1, pool.slots)))
+    return ExpertBank(group, banks, how, store)
 
 
 def _load_layer(weights: WeightMap, layer: MoeLayer, experts: list[int], how: Compute) -> _LayerBank:

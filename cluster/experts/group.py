@@ -9,7 +9,7 @@ import uuid
 import torch
 
 from cluster.config import Config
-from cluster.core import GroupId, GroupInfo, LayerCall
+from cluster.core import GroupId, GroupInfo, LayerCall, StoreFacts
 from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.faults import LinkDropper, with_faults
 from cluster.experts.host import ExpertHost, InlineHost
@@ -60,7 +60,8 @@ class ExpertGroup:
         sizes = [weights.expert_bytes(layer, dtype) for layer in skeleton.moe_layers]
         num_bytes = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
         how = how_to_compute(config, dtype, self._device, threads, num_bytes)
-        self.bank = ExpertBank.load(group, weights, holdings, how)
+        notes = LoadNotes()
+        self.bank = ExpertBank.load(group, weights, holdings, how, notes)
         started.done("weights", time.monotonic())
         self.telemetry = telemetry_of(
             config.telemetry,
@@ -69,7 +70,6 @@ class ExpertGroup:
             checkpoint.path.name,
             serve_metrics=False,
         )
-        notes = LoadNotes()
         compute = with_faults(self.bank.compute, group, config.faults, notes)
         self._fingerprint, self._dtype = checkpoint.fingerprint, DTYPE_NAMES[dtype]
         self.host: ExpertHost | InlineHost
@@ -111,8 +111,13 @@ class ExpertGroup:
                 server.drop_links()
 
     def _warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Runs every expert of every layer once, so that no first request pays for lazy set-up."""
-        for layer, experts in enumerate(self.bank.holdings):
+        """Runs every expert of every layer once, so that no first request pays for lazy set-up; where they do not all
+        fit, the same share of each layer."""
+        store = self.bank.store
+        held = sum(len(experts) for experts in self.bank.holdings)
+        share = 1.0 if store is None else store.capacity() / max(1, held)
+        for layer, every in enumerate(self.bank.holdings):
+            experts = every[: max(1, int(share * len(every)))] if every else every
             count = len(experts)
             rows = LayerRows.of(torch.randn(1, hidden_size).to(dtype), [0] * count, experts, 1.0)
             self.bank.compute(layer, rows)
@@ -133,12 +138,32 @@ class ExpertGroup:
             device=str(self._device),
             visible_devices=visible_devices(),
             expert_bytes=self.bank.num_bytes,
+            store=self._store_facts(),
             rss_bytes=facts.rss_bytes,
             anonymous_bytes=facts.anonymous_bytes,
             calls=self.host.calls,
             progress_age_s=self.host.progress_age_s(),
             numa_node=where.node,
             numa_local_ratio=where.local_ratio,
+        )
+
+    def _store_facts(self) -> StoreFacts | None:
+        store = self.bank.store
+        if store is None:
+            return None
+        stats = store.stats
+        return StoreFacts(
+            budget_bytes=self.bank.how.memory_bytes,
+            resident=store.num_resident(),
+            capacity=store.capacity(),
+            hits=stats.hits,
+            stalls=stats.stalls,
+            stalled_s=stats.stalled_s,
+            loads=stats.loads,
+            loads_s=stats.loads_s,
+            loaded_bytes=stats.loaded_bytes,
+            evictions=stats.evictions,
+            progress_age_s=store.progress_age_s(),
         )
 
     def close(self) -> None:
@@ -164,7 +189,8 @@ def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, thr
             table = KernelTable.measure()
         finally:
             torch.set_num_threads(before)
-    return Compute(dtype, device, config.expert_dtype, threads, table, config.packed_experts == "on")
+    packed = config.packed_experts == "on"
+    return Compute(dtype, device, config.expert_dtype, threads, table, packed, config.memory_bytes())
 
 
 def own_gpu(wanted: str) -> str | None:

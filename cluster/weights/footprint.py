@@ -39,10 +39,12 @@ def footprints(
     expert_bits: int,
     expert_copies: int = 1,
     trunk_copies: int = 1,
+    expert_budget: int = 0,
 ) -> list[Footprint]:
     """The router's first, then one a group; all in one where the groups live in the router's process.
 
-    Copies are the layouts that weights are held in at the same time.
+    Copies are the layouts that weights are held in at the same time. ``expert_budget`` (0: none) is what a group's
+    experts may take.
     """
     layers = weights.skeleton.moe_layers
     groups = [
@@ -52,6 +54,7 @@ def footprints(
         )
         for group in holdings
     ]
+    groups = [min(size, expert_budget) if expert_budget else size for size in groups]
     trunk = weights.trunk_bytes(dtype) * trunk_copies
     if one_process:
         return [Footprint("router with all experts", trunk + sum(groups), cache_bytes)]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -129,30 +130,46 @@ def test_more_gpus_than_the_cluster_has_is_refused_with_numbers(ray_address: str
     assert "the cluster has 3" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["serve", "--model", "/nowhere"], ["--model", "/nowhere"]),
-        (["serve", "--groups", "99"], ["groups", "99", "16 experts"]),
-        (["serve", "--groups", "-1"], ["groups", "-1"]),
-        (["serve", "--dtype", "fp8"], ["dtype", "fp8"]),
-        (["serve", "--transport", "carrier-pigeon"], ["data_plane.transport", "carrier-pigeon", "shm"]),
-        (["serve", "--groups", "3", "--transport", "shm,grpc"], ["data_plane.transport", "2 transports for 3 groups"]),
-        (["bench", "dispatch", "--transport", "nccl"], ["--transport", "nccl", "shm, grpc, gloo"]),
-        (["bench", "dispatch", "--tokens", "1,x"], ["--tokens", "1,x"]),
-        (["serve", "--listen", "nonsense"], ["listen", "nonsense"]),
-        (["verify", "--prompts", "0"], ["--prompts", "0"]),
-        (["verify", "--groups", "3", "--transport", "shm,grpc"], ["data_plane.transport", "2 transports for 3 groups"]),
-        (["zoo", "make", "--arch", "gpt5", "--out", "/tmp/x"], ["--arch", "gpt5", "mixtral"]),
-        (["zoo", "make", "--arch", "mixtral", "--preset", "bench-700m", "--out", "/tmp/x"], ["--arch", "qwen3_moe"]),
-        (["zoo", "make", "--arch", "mixtral", "--out", str(ROOT)], ["--out", "empty"]),
-        (["generate"], ["PROMPT"]),
-        (["generate", "--ids", "1,x"], ["--ids", "1,x"]),
-        (["nonsense"], ["nonsense"]),
-    ],
-)
-def test_a_wrong_command_line_is_one_line_and_exit_status_2(arguments: list[str], words: list[str]) -> None:
-    done = run(*arguments, timeout_s=120)
+WRONG: list[tuple[list[str], list[str]]] = [
+    (["serve", "--model", "/nowhere"], ["--model", "/nowhere"]),
+    (["serve", "--groups", "99"], ["groups", "99", "16 experts"]),
+    (["serve", "--groups", "-1"], ["groups", "-1"]),
+    (["serve", "--dtype", "fp8"], ["dtype", "fp8"]),
+    (["serve", "--transport", "carrier-pigeon"], ["data_plane.transport", "carrier-pigeon", "shm"]),
+    (["serve", "--groups", "3", "--transport", "shm,grpc"], ["data_plane.transport", "2 transports for 3 groups"]),
+    (["bench", "dispatch", "--transport", "nccl"], ["--transport", "nccl", "shm, grpc, gloo"]),
+    (["bench", "dispatch", "--tokens", "1,x"], ["--tokens", "1,x"]),
+    (["serve", "--listen", "nonsense"], ["listen", "nonsense"]),
+    (["verify", "--prompts", "0"], ["--prompts", "0"]),
+    (["verify", "--groups", "3", "--transport", "shm,grpc"], ["data_plane.transport", "2 transports for 3 groups"]),
+    (["zoo", "make", "--arch", "gpt5", "--out", "/tmp/x"], ["--arch", "gpt5", "mixtral"]),
+    (["zoo", "make", "--arch", "mixtral", "--preset", "bench-700m", "--out", "/tmp/x"], ["--arch", "qwen3_moe"]),
+    (["zoo", "make", "--arch", "mixtral", "--out", str(ROOT)], ["--out", "empty"]),
+    (["generate"], ["PROMPT"]),
+    (["generate", "--ids", "1,x"], ["--ids", "1,x"]),
+    (["nonsense"], ["nonsense"]),
+    (["serve", "--expert-memory", "much"], ["expert_memory", "much", "512M"]),
+    (["serve", "--numa", "maybe"], ["numa", "maybe", "strict"]),
+    (["trace", "blame", "--quantile", "2"], ["--quantile", "2"]),
+    (["trace", "export", "00", "--format", "zipkin", "--out", "/tmp/x"], ["--format", "zipkin", "jaeger"]),
+    (["trace", "list", "--store", "/nowhere"], ["--store", "/nowhere"]),
+    (["bench", "trace-cost", "--pairs", "0"], ["--pairs", "0"]),
+    (["numa", "show", "--sysfs", "/nowhere"], ["--sysfs", "/nowhere"]),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_answers() -> list[subprocess.CompletedProcess[str]]:
+    """All at once: each is a process that mostly imports."""
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda case: run(*case[0], timeout_s=120), WRONG))
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_a_wrong_command_line_is_one_line_and_exit_status_2(
+    number: int, wrong_answers: list[subprocess.CompletedProcess[str]]
+) -> None:
+    words, done = WRONG[number][1], wrong_answers[number]
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert all(word in last for word in words), done.stderr
@@ -229,7 +246,7 @@ def test_commands_in_the_readme_exist() -> None:
     assert len(found) >= 6
     for names, rest in found:
         parts = names.split()
-        words = parts[:2] if parts[0] in ("zoo", "bench") else parts[:1]
+        words = parts[:2] if parts[0] in ("zoo", "bench", "trace", "numa") else parts[:1]
         shown = subprocess.run(
             [*COMMAND, *words, "--help"],
             capture_output=True,
@@ -255,6 +272,7 @@ def test_verify_over_a_mix_of_links_says_how_each_group_was_reached(ray_address:
     assert result["fallbacks"] == 0
 
 
+@pytest.mark.full
 def test_bench_dispatch_measures_beside_ray() -> None:
     shapes = ["--tokens", "2", "--hidden", "64", "--samples", "20", "--seconds", "0.2"]
     done = run("bench", "dispatch", *shapes, "--transport", "shm", "--transport", "grpc", "--json")

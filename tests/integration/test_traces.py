@@ -264,7 +264,7 @@ def test_layers_are_traced_for_who_asks_and_groups_add_to_it(transports: str, tm
 def test_spans_stay_few_for_a_long_answer_and_refused_requests_have_a_trace(tmp_path: Path) -> None:
     with traced(tmp_path) as system:
         system.ask(5, 4)
-        system.ask(5, 700)
+        system.ask(5, 200)
         with pytest.raises(ExpertMeshError):
             system.ask(5, 100_000)
         traces = [trace for trace in system.traces().values() if trace.request is not None]

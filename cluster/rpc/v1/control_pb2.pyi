@@ -200,6 +200,7 @@ class GroupStatus(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     group: _builtins.int
     """Group id, from 0."""
     healthy: _builtins.bool
@@ -226,6 +227,10 @@ class GroupStatus(_message.Message):
     def link(self) -> Global___LinkReport:
         """The link to it."""
 
+    @_builtins.property
+    def store(self) -> Global___ExpertStoreStatus:
+        """Where its experts do not all fit its budget."""
+
     def __init__(
         self,
         *,
@@ -240,14 +245,68 @@ class GroupStatus(_message.Message):
         incarnation: _builtins.str = ...,
         progress_age_s: _builtins.float = ...,
         link: Global___LinkReport | None = ...,
+        store: Global___ExpertStoreStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link", "process", b"process"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link", "process", b"process", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "calls", b"calls", "expert_bytes", b"expert_bytes", "group", b"group", "healthy", b"healthy", "holdings", b"holdings", "incarnation", b"incarnation", "link", b"link", "process", b"process", "progress_age_s", b"progress_age_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "calls", b"calls", "expert_bytes", b"expert_bytes", "group", b"group", "healthy", b"healthy", "holdings", b"holdings", "incarnation", b"incarnation", "link", b"link", "process", b"process", "progress_age_s", b"progress_age_s", "store", b"store", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupStatus: _TypeAlias = GroupStatus  # noqa: Y015
+
+@_typing.final
+class ExpertStoreStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    STALLS_FIELD_NUMBER: _builtins.int
+    STALLED_S_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    LOADS_S_FIELD_NUMBER: _builtins.int
+    LOADED_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
+    budget_bytes: _builtins.int
+    """Budget, bytes; experts in memory, and that fit."""
+    resident: _builtins.int
+    capacity: _builtins.int
+    hits: _builtins.int
+    """Since the start: experts that were there when a call came; calls that waited, and seconds."""
+    stalls: _builtins.int
+    stalled_s: _builtins.float
+    loads: _builtins.int
+    """Loads, seconds and bytes of them; experts that made room."""
+    loads_s: _builtins.float
+    loaded_bytes: _builtins.int
+    evictions: _builtins.int
+    progress_age_s: _builtins.float
+    """Seconds since the loading thread's last progress."""
+    def __init__(
+        self,
+        *,
+        budget_bytes: _builtins.int = ...,
+        resident: _builtins.int = ...,
+        capacity: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        stalls: _builtins.int = ...,
+        stalled_s: _builtins.float = ...,
+        loads: _builtins.int = ...,
+        loads_s: _builtins.float = ...,
+        loaded_bytes: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        progress_age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "capacity", b"capacity", "evictions", b"evictions", "hits", b"hits", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "stalled_s", b"stalled_s", "stalls", b"stalls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertStoreStatus: _TypeAlias = ExpertStoreStatus  # noqa: Y015
 
 @_typing.final
 class LinkReport(_message.Message):

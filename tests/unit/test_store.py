@@ -1,0 +1,207 @@
+"""Experts in less memory than they need: exact, bounded, and whoever waits is told for what."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.core import ExpertId
+from cluster.errors import ConfigError, InternalError, MissingExperts
+from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.loads import LoadNotes
+from cluster.experts.store import ExpertStore
+from cluster.transport.base import LayerRows
+from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.mapping import WeightMap
+from cluster.weights.skeleton import build_skeleton
+from tests.conftest import MakeTiny
+from tests.systems import config_for, in_process_router
+from tests.unit.test_exactness import serve_ragged
+
+SHAPE = {"up": (3, 4), "down": (4, 3)}
+BYTES = 24 * 4
+
+
+class Disk:
+    """Reads experts whose weights tell who they are; may be slow, or fail."""
+
+    def __init__(self) -> None:
+        self.reads: list[ExpertId] = []
+        self.may = threading.Event()
+        self.may.set()
+        self.broken: set[int] = set()
+
+    def __call__(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        assert self.may.wait(20)
+        self.reads.append(ExpertId(layer, expert))
+        if expert in self.broken:
+            raise OSError("planted")
+        return {name: torch.full((1, *shape), 100.0 * layer + expert) for name, shape in SHAPE.items()}
+
+
+def store_of(disk: Disk, slots: int, layers: int = 2, experts: int = 8) -> tuple[ExpertStore, LoadNotes]:
+    notes = LoadNotes()
+    held = [list(range(experts))] * layers
+    return ExpertStore(disk, [SHAPE] * layers, held, slots * BYTES, torch.float32, notes), notes
+
+
+def use(store: ExpertStore, layer: int, experts: list[int]) -> None:
+    for wave in store.waves(layer, experts):
+        with store.pinned(layer, wave) as slots:
+            assert set(slots) == set(wave)
+            assert len(set(slots.values())) == len(wave)
+            for expert, slot in slots.items():
+                for name in SHAPE:
+                    assert torch.all(store.pool(layer).tensors[name][slot] == 100.0 * layer + expert)
+
+
+def test_every_call_finds_its_experts_whatever_fits() -> None:
+    disk = Disk()
+    for slots in (2, 3, 5, 16):
+        store, _ = store_of(disk, slots)
+        for _ in range(200):
+            use(store, random.randrange(2), random.sample(range(8), random.randrange(1, 9)))
+        assert store.num_resident() <= store.capacity() == slots
+        assert store.num_bytes == slots * BYTES
+        if slots == 16:
+            assert store.stats.loads == 16
+            assert store.stats.evictions == 0
+        store.close()
+
+
+def test_the_one_not_used_for_longest_makes_room() -> None:
+    disk = Disk()
+    store, _ = store_of(disk, 3)
+    for expert in (0, 1, 2, 0, 3):
+        use(store, 0, [expert])
+    disk.reads.clear()
+    use(store, 0, [0])
+    use(store, 0, [2])
+    assert disk.reads == []
+    use(store, 0, [1])
+    assert disk.reads == [ExpertId(0, 1)]
+    store.close()
+
+
+def test_what_is_pinned_stays_and_demand_goes_before_orders() -> None:
+    disk = Disk()
+    store, _ = store_of(disk, 2)
+    with store.pinned(0, [0, 1]):
+        store.order(1, [5, 6])
+        time.sleep(0.1)
+        assert store.stats.evictions == 0
+        disk.reads.clear()
+    disk.may.clear()
+    store.order(1, [5, 6, 7])
+    time.sleep(0.05)  # the first order is being read now
+    done = threading.Thread(target=use, args=(store, 0, [3]))
+    done.start()
+    time.sleep(0.05)
+    disk.may.set()
+    done.join(10)
+    assert disk.reads[1] == ExpertId(0, 3), "before what was ordered ahead"
+    store.close()
+
+
+def test_orders_are_loaded_ahead_replaced_and_counted_when_wasted() -> None:
+    disk = Disk()
+    store, notes = store_of(disk, 4)
+    store.order(1, [4, 5])
+    limit_s = time.monotonic() + 10
+    while store.num_resident() < 2 and time.monotonic() < limit_s:
+        time.sleep(0.01)
+    notes.reset()
+    use(store, 1, [4])
+    assert notes.seconds == 0
+    assert store.stats.hits == 1
+    assert store.stats.ahead == 2
+    use(store, 0, [0, 1, 2, 3])
+    assert store.stats.wasted_bytes == BYTES, "5 was never asked for"
+    store.close()
+
+
+def test_who_waits_is_told_for_which_expert_and_how_much() -> None:
+    disk = Disk()
+    store, notes = store_of(disk, 4)
+    use(store, 0, [1])
+    notes.reset()
+    use(store, 0, [1, 6])
+    assert notes.expert == 6
+    assert notes.num_bytes == BYTES
+    assert 0 < notes.seconds < 5
+    assert store.stats.stalls == 2
+    store.close()
+
+
+def test_weights_that_cannot_be_read_fail_the_call_and_only_it() -> None:
+    disk = Disk()
+    store, _ = store_of(disk, 2)
+    disk.broken = {3}
+    with pytest.raises(InternalError, match="expert 3 of MoE layer 0"):
+        use(store, 0, [3])
+    use(store, 0, [2, 1])
+    disk.broken.clear()
+    use(store, 0, [3])
+    store.close()
+
+
+def test_a_budget_for_less_than_two_experts_is_refused_with_numbers() -> None:
+    with pytest.raises(ConfigError, match=f"expert_memory.*{2 * BYTES}"):
+        store_of(Disk(), 1)
+
+
+@pytest.mark.parametrize("arch", ["deepseek_v3", "gpt_oss", "mixtral"])
+def test_a_bank_in_a_store_computes_what_a_resident_one_does(arch: str, tiny: MakeTiny) -> None:
+    checkpoint = Checkpoint(tiny(arch))
+    weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
+    layers = weights.skeleton.moe_layers
+    held = [list(range(layer.num_experts)) for layer in layers]
+    size = weights.expert_bytes(layers[0], torch.float32)
+    device = torch.device("cpu")
+    resident = ExpertBank.load(0, weights, held, Compute(torch.float32, device))
+    stored = ExpertBank.load(0, weights, held, Compute(torch.float32, device, memory_bytes=3 * size))
+    assert stored.store is not None
+    assert stored.num_bytes <= 3 * size
+    hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
+    for _ in range(6):
+        layer = random.randrange(len(layers))
+        experts = np.random.randint(0, layers[layer].num_experts, 24)
+        rows = LayerRows.of(torch.randn(6, hidden_size), np.repeat(np.arange(6), 4), experts, np.random.rand(24))
+        assert torch.allclose(stored.compute(layer, rows), resident.compute(layer, rows), atol=1e-5)
+    less = [list(range(1, layer.num_experts)) for layer in layers]
+    partly = ExpertBank.load(0, weights, less, Compute(torch.float32, device, memory_bytes=3 * size))
+    rows = LayerRows.of(torch.randn(1, hidden_size), [0], [0], [1.0])
+    with pytest.raises(MissingExperts):
+        partly.compute(0, rows)
+    for bank in (resident, stored, partly):
+        bank.close()
+
+
+def test_a_router_over_groups_with_a_quarter_of_their_experts_gives_the_same_tokens(tiny: MakeTiny) -> None:
+    path = tiny("qwen3_moe")
+    prompts = [[random.randrange(3, 500) for _ in range(12)] for _ in range(3)]
+    answers = []
+    for memory in ("all", "100K"):
+        with in_process_router(path, 2, expert_memory=memory) as router:
+            answers.append(serve_ragged(router, prompts, 5)[0])
+            stores = [info.store for info in router.fabric.membership.groups.values()]
+            if memory != "all":
+                assert all(store is not None and store.stalls > 0 for store in stores)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("all", 0), ("512M", 512 * 2**20), ("1.5G", 3 * 2**29), ("4096", 4096)])
+def test_sizes_are_read(text: str, wanted: int, tmp_path: Path) -> None:
+    assert config_for(tmp_path, expert_memory=text).memory_bytes() == wanted
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3", "0", "5X", "nan"])
+def test_sizes_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expert_memory"):
+        config_for(tmp_path, expert_memory=text)
