@@ -164,6 +164,7 @@ class GroupInfo:
     numa_node: int = -1
     numa_local_ratio: float | None = None
     store: StoreFacts | None = None
+    spans_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

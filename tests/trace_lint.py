@@ -22,7 +22,7 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "moe.decode": ("moe.request",),
     "moe.stream_out": ("moe.request",),
     "moe.decode.window": ("moe.decode",),
-    "moe.expert_batch": ("moe.prefill", "moe.decode", "moe.step"),
+    "moe.expert_batch": ("moe.queue", "moe.prefill", "moe.decode", "moe.step"),
     "moe.expert.cold_load": ("moe.request", "moe.step"),
     "moe.failover": ("moe.request", "moe.step"),
     "moe.step": ("",),

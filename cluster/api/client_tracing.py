@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from cluster.config import TelemetryConfig, load_config
-from cluster.telemetry.exporters import destinations, resource_of, span_exporter
+from cluster.telemetry.exporters import destinations, place_of, resource_of, span_exporter
 from cluster.telemetry.pump import SpanPump
 from cluster.telemetry.records import SpanRef
 from cluster.telemetry.spans import SpanMaker, wall_ns_of
@@ -26,8 +26,9 @@ class ClientTracer:
     """
 
     def __init__(self, config: TelemetryConfig) -> None:
-        self._kinds = destinations(config)
-        self._pumps = [SpanPump(span_exporter(kind, config), kind, config.queue_spans) for kind in self._kinds]
+        kinds = destinations(config)
+        self._place = place_of(kinds[0], config) if kinds else ""
+        self._pumps = [SpanPump(span_exporter(kind, config), kind, config.queue_spans) for kind in kinds]
         self._maker = SpanMaker(resource_of("expertmesh-client", {}))
 
     @classmethod
@@ -42,7 +43,7 @@ class ClientTracer:
 
     def begin(self) -> ClientCall:
         """The trace of one call."""
-        return ClientCall(self._kinds[0] if self._kinds else "", self._end)
+        return ClientCall(self._place, self._end)
 
     def _end(self, call: ClientCall, ended_s: float, error: str) -> None:
         span = self._maker.span(
@@ -67,8 +68,8 @@ class ClientCall:
     """Clock reads of one call. Between a chunk's arrival and the next time it is asked for one, it is the caller who
     takes the time."""
 
-    def __init__(self, kind: str, end: Callable[[ClientCall, float, str], None]) -> None:
-        self._kind, self._end = kind, end
+    def __init__(self, place: str, end: Callable[[ClientCall, float, str], None]) -> None:
+        self._place, self._end = place, end
         self.ref = SpanRef(new_trace_id(), new_span_id())
         self.started_s = time.monotonic()
         self._first_s: float | None = None
@@ -81,7 +82,7 @@ class ClientCall:
         exports elsewhere does not hang its spans from one that nobody will find there."""
         return (
             ("traceparent", f"00-{self.ref.trace_id}-{self.ref.span_id}-01"),
-            ("tracestate", f"expertmesh={self._kind}"),
+            ("tracestate", f"expertmesh={self._place}"),
         )
 
     def got(self, tokens: int) -> None:

@@ -122,8 +122,10 @@ class Frontend:
 
         def tell_observer() -> None:
             if served.telemetry is not None:
-                prompt = str(message.prompt) if served.keep_text else ""
-                served.telemetry.request(times.record(served.limits.exact, prompt, "".join(answer)))
+                prompt = _text_of(message) if served.keep_text else ""
+                served.telemetry.request(
+                    times.record(served.limits.exact, prompt, "".join(answer), told=served.keep_text)
+                )
 
         def freed(last: TokenEvent) -> None:
             times.got(last)
@@ -135,8 +137,10 @@ class Frontend:
                     if served.keep_text:
                         answer.append(chunk.text)
                     times.sending()
-                    yield chunk
-                    times.sent()
+                    try:
+                        yield chunk
+                    finally:
+                        times.sent()
         except (GeneratorExit, asyncio.CancelledError):
             if not times.finish_reason:
                 times.error = Cancelled("the client left")
@@ -147,7 +151,10 @@ class Frontend:
         finally:
             if times.in_engine:
                 # It frees the request within a step, and says then what the request has spent.
-                times.left()
+                if isinstance(times.error, Cancelled):
+                    times.left()
+                else:
+                    times.waiting()
                 inbox.leave(freed)
             else:
                 tell_observer()
@@ -248,3 +255,10 @@ class Frontend:
     def num_live(self) -> int:
         """Requests that have not ended."""
         return self._served.engine.num_live() if self._served is not None else 0
+
+
+def _text_of(message: inference_pb2.GenerateRequest) -> str:
+    """What the client wrote."""
+    if message.messages:
+        return "\n".join(f"{turn.role}: {turn.content}" for turn in message.messages)
+    return str(message.prompt)

@@ -57,6 +57,10 @@ def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> li
             ({"loop": "coordinator"}, fabric.membership.progress_age_s),
         ]
 
+    def dropped() -> Values:
+        groups = fabric.membership.groups.values()
+        return [({"group": str(info.group)}, float(info.spans_dropped)) for info in groups]
+
     def local_memory() -> Values:
         own = binding.where().local_ratio if binding is not None else None
         groups = fabric.membership.groups.values()
@@ -64,6 +68,7 @@ def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> li
         return [({"process": name}, ratio) for name, ratio in ratios if ratio is not None]
 
     return [
+        Gauge("moe.group.spans_dropped", "{span}", "Spans that a group lost.", dropped, counts=True),
         Gauge("moe.numa.local_ratio", "", "Share of memory on the node where it belongs.", local_memory),
         Gauge("moe.group.healthy", "", "A link to the group is up.", healthy),
         Gauge("moe.expert.resident", "{expert}", "Experts that the group holds in memory.", resident),

@@ -216,7 +216,7 @@ class Router:
                     metrics_address=self.telemetry.metrics_address,
                     spans_created=counts["created"],
                     spans_exported=counts["exported"],
-                    spans_dropped=counts["dropped"],
+                    spans_dropped=counts["dropped"] + sum(info.spans_dropped for info in membership.groups.values()),
                     spans_waiting=counts["waiting"],
                 )
             )

@@ -59,7 +59,9 @@ class RouterShell:
 
     def _build(self, build: BuildRouter, config: Config, hosts: int) -> Router:
         """In the thread that loads everything and starts the others: they inherit its memory policy."""
-        binding = Binding.of_router(config.numa, config.groups, own_gpu(config.device), hosts)
+        one_process = config.groups == 0 or "inproc" in config.transports()  # wants all of the machine
+        mode = "off" if one_process else config.numa
+        binding = Binding.of_router(mode, config.groups, own_gpu(config.device), hosts)
         return build(config, self._membership, binding)
 
     def _membership(self) -> Membership:

@@ -10,7 +10,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from cluster.core import Clock, Request
 from cluster.engine.events import TokenEvent
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, InvalidArgument
 from cluster.telemetry.account import RequestAccount
 from cluster.telemetry.ledger import Ledger, Stage
 from cluster.telemetry.records import RequestRecord, SpanRef
@@ -119,13 +119,17 @@ class DoorTimes:
     def _whole(self) -> Ledger:
         whole = self._own.copy()
         if self._account is not None:
-            whole.absorb(self._account.prefill)
-            whole.absorb(self._account.decode)
+            whole.absorb(self._account.total())
         return whole
 
-    def record(self, exact: bool, prompt: str = "", answer: str = "") -> RequestRecord:
-        """What is told of it. To be called once, at its end."""
+    def record(self, exact: bool, prompt: str = "", answer: str = "", told: bool = False) -> RequestRecord:
+        """What is told of it. To be called once, at its end. ``told``: what the client sent may be in it."""
         request, context, error = self.request, self.context, self.error
+        if request is None:  # refused while it was looked at
+            self._own.add(Stage.TOKENIZE, self._clock() - self.arrived_s)
+        said = str(error) if error is not None else ""
+        if isinstance(error, InvalidArgument) and not told:
+            said = f"{error.field}: refused"  # the message quotes what was sent
         return RequestRecord(
             ref=SpanRef(context.trace_id, context.span_id),
             request_id=request.request_id if request is not None else "",
@@ -142,7 +146,7 @@ class DoorTimes:
             blocked_s=self._blocked_s,
             finish_reason=self.finish_reason,
             error_code=error.code if error is not None else "",
-            error=str(error) if error is not None else "",
+            error=said,
             prompt_tokens=len(request.prompt_ids) if request is not None else 0,
             output_tokens=self.output_tokens,
             max_tokens=request.stop.max_new_tokens if request is not None else 0,

@@ -50,30 +50,32 @@ def generate(
     )
     text, tokens, last = "", [], inference_pb2.GenerateChunk()
     show = stderr.file if as_json else sys.stdout
-    with closing(ClientTracer.from_environment()) as tracer, Client(server, tracer=tracer) as client:
-        for chunk in client.generate(request, trace_layers):
-            text += chunk.text
-            tokens += [token.id for token in chunk.tokens]
-            last = chunk
-            if stream:
-                show.write(chunk.text)
-                show.flush()
-    if not stream and not as_json:
-        sys.stdout.write(text if text or not tokens else ",".join(str(token) for token in tokens))
-    if stream or not as_json:
-        show.write("\n")
-    if as_json:
-        emit(
-            {
-                "text": text,
-                "token_ids": tokens,
-                "finish_reason": inference_pb2.FinishReason.Name(last.finish_reason)
-                .removeprefix("FINISH_REASON_")
-                .lower(),
-                "prompt_tokens": last.usage.prompt_tokens,
-                "completion_tokens": last.usage.completion_tokens,
-                "exact": last.exact,
-                "trace_id": last.trace_id,
-                "stages_s": {stage.stage: stage.seconds for stage in last.stages},
-            }
-        )
+    with closing(ClientTracer.from_environment()) as tracer:
+        with Client(server, tracer=tracer) as client:
+            for chunk in client.generate(request, trace_layers):
+                text += chunk.text
+                tokens += [token.id for token in chunk.tokens]
+                last = chunk
+                if stream:
+                    show.write(chunk.text)
+                    show.flush()
+        if not stream and not as_json:
+            sys.stdout.write(text if text or not tokens else ",".join(str(token) for token in tokens))
+        if stream or not as_json:
+            show.write("\n")
+        show.flush()  # before the tracer waits for a collector
+        if as_json:
+            emit(
+                {
+                    "text": text,
+                    "token_ids": tokens,
+                    "finish_reason": inference_pb2.FinishReason.Name(last.finish_reason)
+                    .removeprefix("FINISH_REASON_")
+                    .lower(),
+                    "prompt_tokens": last.usage.prompt_tokens,
+                    "completion_tokens": last.usage.completion_tokens,
+                    "exact": last.exact,
+                    "trace_id": last.trace_id,
+                    "stages_s": {stage.stage: stage.seconds for stage in last.stages},
+                }
+            )

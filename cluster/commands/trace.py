@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.commands.common import Json, emit, stderr, stdout
 from cluster.config import load_config
@@ -54,7 +55,7 @@ def trace_list(
             f"{row['seconds'] * 1e3:.1f}",
             "" if row["first_token_s"] is None else f"{row['first_token_s'] * 1e3:.1f}",
             f"{row['prompt_tokens']}+{row['output_tokens']}" if row["name"] == "moe.request" else "",
-            row["ended"] if row["name"] == "moe.request" else row["name"],
+            Text(row["ended"] if row["name"] == "moe.request" else row["name"]),  # no markup: it may be a client's
             "" if row["attributed_share"] is None else f"{row['attributed_share']:.1%}",
             row["most"],
         )
@@ -188,7 +189,7 @@ def _row(trace: TraceView) -> dict[str, Any]:
     request, root = trace.request, trace.root
     shown = request or root
     numbers = shown.attributes
-    spent = spent_of(trace)
+    spent = next(iter(spent_of(trace)), None)
     causes = sorted(spent.seconds().items(), key=lambda item: -item[1]) if spent is not None else []
     wall_s = spent.wall_s if spent is not None else shown.seconds
     return {

@@ -41,6 +41,9 @@ from cluster.telemetry.steps import StepDetail
 
 log = logging.getLogger(__name__)
 
+NOTED_EVENTS = 4
+"""Of a step, that its requests are told of one by one: a cold store has some in every layer."""
+
 Forward = Callable[[Sequence[Chunk], StepContext], torch.Tensor]
 
 
@@ -263,6 +266,8 @@ class Engine:
         except Exception as exc:
             self._ended_s = self._clock()
             self._note(step.events)
+            if observer is not None:
+                observer.step(self._record(step, trace, shares, lives, started_s, before))
             if isinstance(exc, ExpertMeshError):
                 log.error("step %d failed: %s", step.step_id, exc)
                 error = exc
@@ -308,11 +313,14 @@ class Engine:
 
     def _note(self, events: Sequence[StepEvent]) -> None:
         """Tells all requests of what held this step up: those in it, and those that waited behind it."""
-        if events:
-            with self._lock:
-                for live in self._live.values():
-                    for event in events:
-                        live.account.note(event)
+        if not events:
+            return
+        worst = heapq.nlargest(NOTED_EVENTS, events, key=lambda event: event.seconds)
+        worst.sort(key=lambda event: event.start_s)
+        with self._lock:
+            for live in self._live.values():
+                for event in worst:
+                    live.account.note(event)
 
     def _wants_detail(self, live: _Live) -> bool:
         return live.request.trace_detail and live.account.steps <= self._detail_steps

@@ -139,6 +139,7 @@ class ExpertGroup:
             visible_devices=visible_devices(),
             expert_bytes=self.bank.num_bytes,
             store=self._store_facts(),
+            spans_dropped=self.telemetry.counts()["dropped"] if self.telemetry is not None else 0,
             rss_bytes=facts.rss_bytes,
             anonymous_bytes=facts.anonymous_bytes,
             calls=self.host.calls,
@@ -146,6 +147,12 @@ class ExpertGroup:
             numa_node=where.node,
             numa_local_ratio=where.local_ratio,
         )
+
+    def stuck_s(self) -> float:
+        """Seconds without any progress: of the compute thread, or of the loads that it may be waiting for."""
+        age_s = self.host.progress_age_s()
+        store = self.bank.store
+        return age_s if store is None else min(age_s, store.progress_age_s() or age_s)
 
     def _store_facts(self) -> StoreFacts | None:
         store = self.bank.store

@@ -32,6 +32,6 @@ class ExpertsShell:
 
     def check_health(self) -> None:
         """Serve restarts a group whose compute thread makes no progress; a slow one that does is left alone."""
-        age_s = self._group.host.progress_age_s()
+        age_s = self._group.stuck_s()
         if age_s > 60:
             raise Unavailable(f"the compute thread made no progress for {age_s:.0f} s")

@@ -166,6 +166,9 @@ class ExpertStore:
         started_s = self._clock()
         with self._lock:
             self.stats.stalls += 1
+            for key in missing:
+                self._failed.pop(key, None)  # of another call: it is tried again
+            self._progress_s = started_s
             self.stats.late += sum(key == self._loading or key in self._ahead for key in missing)
             for key in missing:
                 if key != self._loading:
@@ -179,10 +182,11 @@ class ExpertStore:
                         raise InternalError(f"expert {key.expert} of MoE layer {key.layer} cannot be read: {failed}")
                     if self._closed:
                         raise Unavailable("the group is shutting down")
-                    left_s = started_s + LOAD_TIMEOUT_S - self._clock()
+                    left_s = self._progress_s + LOAD_TIMEOUT_S - self._clock()
                     if left_s <= 0:
                         raise InternalError(
-                            f"expert {key.expert} of MoE layer {key.layer} was not loaded within {LOAD_TIMEOUT_S:g} s"
+                            f"expert {key.expert} of MoE layer {key.layer} was not loaded: no load ended for "
+                            f"{LOAD_TIMEOUT_S:g} s"
                         )
                     self._lock.wait(left_s)
                 now_s = self._clock()
@@ -256,7 +260,7 @@ class ExpertStore:
             with self._lock:
                 self._loading = None
                 pool.free.append(slot)
-                if demanded:
+                if demanded or key in self._pinned:
                     self._failed[key] = exc
                 self._lock.notify_all()
             return

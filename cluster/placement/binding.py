@@ -52,7 +52,8 @@ def seat_of(topology: Topology, role: str, groups: int, gpu: str | None, hosts: 
     seat = next(item for item in plan.seats if item.role == role)
     if hosts > 1:  # nobody knows which groups share this machine: a node, and all of its cores
         cpus = tuple(cpu for core in topology.cores_of(seat.node) for cpu in core.cpus)
-        return Seat(role, seat.node, seat.memory_node, cpus, len(topology.cores_of(seat.node)), shared=True), ""
+        threads = min(len(topology.cores_of(seat.node)), int(topology.quota_cpus or len(cpus)) or 1)
+        return Seat(role, seat.node, seat.memory_node, cpus, threads, shared=True), ""
     return seat, ""
 
 

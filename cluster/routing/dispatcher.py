@@ -122,6 +122,8 @@ class Dispatcher:
                         StepEvent("failover", from_s, spent_s, whose, layer, tokens=rows, cause=part.failed)
                     )
                     account(step.ledger, layer, answers)
+                    if step.detail is not None and times is not None:
+                        step.detail.close(times, sent_s, answers, self._clock())
                     raise
                 arrived_s = self._clock()
                 add_rows(combined_TH, part.row_index, reply.partial_TH)

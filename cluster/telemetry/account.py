@@ -57,11 +57,12 @@ class Window:
 class RequestAccount:
     """One request's. Times are the engine's clock; ``arrived_s`` is when the engine got the request.
 
-    ``prefill`` is everything up to the first token, waiting included; ``decode`` what came after. ``ended_s`` is the
-    end of its last step.
+    ``queue`` is everything before its first step, ``prefill`` from there to its first token, ``decode`` what came
+    after. ``ended_s`` is the end of its last step.
     """
 
     arrived_s: float
+    queue: Ledger = field(default_factory=Ledger)
     prefill: Ledger = field(default_factory=Ledger)
     decode: Ledger = field(default_factory=Ledger)
     first_step_s: float | None = None
@@ -75,13 +76,14 @@ class RequestAccount:
     events: list[StepEvent] = field(default_factory=list)
     step_links: list[str] = field(default_factory=list)
     """Trace ids of steps of its that were traced in detail."""
-    _ahead: list[StepEvent] = field(default_factory=list)
+    _blocked_s: float = 0.0
+    _blocked_until_s: float = 0.0
     _seen: Ledger | None = None
     _idle_s: float = 0.0
     _window_s: float = 0.0
     _window_tokens: int = 0
     _window_gap_s: float = 0.0
-    _window_turn_s: float = 0.0
+    _window_waits: dict[str, float] = field(default_factory=dict)
     _scale: int = 1
 
     def __post_init__(self) -> None:
@@ -97,8 +99,6 @@ class RequestAccount:
         self._waited(now_s)
         if self.first_step_s is None:
             self.first_step_s = now_s
-        elif self.first_token_s is not None:
-            self._window_turn_s += now_s - self._idle_s
         self._seen = total.copy()
 
     def leave(self, total: Ledger, now_s: float) -> None:
@@ -106,7 +106,7 @@ class RequestAccount:
         if self._seen is not None:
             self._cut(total, now_s)
             self._seen = None
-            self._idle_s = now_s
+            self._idle_s, self._blocked_s = now_s, 0.0
 
     def token(self, total: Ledger, now_s: float) -> None:
         """One of its tokens was made by the step that ended at ``now_s``."""
@@ -129,25 +129,32 @@ class RequestAccount:
         self.ended_s = now_s
 
     def _waited(self, now_s: float) -> None:
-        """Books a wait that ends now: for what went wrong in the steps ahead meanwhile, and the rest for a place."""
-        phase, at_s, blocked_s = self._phase(), self._idle_s, 0.0
-        for event in sorted(self._ahead, key=lambda item: item.start_s):
-            until_s = min(event.start_s + event.seconds, now_s)
-            lost_s = until_s - max(event.start_s, at_s)
-            if lost_s > 0:
-                stage = Stage.COLD_LOAD if event.kind == "cold_load" else Stage.FAILOVER
-                phase.wait(event.group, event.layer, stage, lost_s)
-                self._keep(event._replace(start_s=until_s - lost_s, seconds=lost_s))
-                blocked_s, at_s = blocked_s + lost_s, until_s
-        self._ahead.clear()
-        phase.add(Stage.QUEUE if self.first_step_s is None else Stage.TURN, now_s - self._idle_s - blocked_s)
+        """Books a wait that ends now, less what was booked already as others' fault."""
+        waited = Stage.QUEUE if self.first_step_s is None else Stage.TURN
+        self._book(waited, now_s - self._idle_s - self._blocked_s)
+
+    def _book(self, stage: Stage, seconds: float, group: int = -1, layer: int = 0) -> None:
+        phase = self._phase()
+        if stage.of_group:
+            phase.wait(group, layer, stage, seconds)
+        else:
+            phase.add(stage, seconds)
+        if phase is self.decode and seconds > 0:
+            self._window_waits[stage.value] = self._window_waits.get(stage.value, 0.0) + seconds
 
     def note(self, event: StepEvent) -> None:
-        """An event of a step that it was in, or that it waited behind."""
+        """An event of a step that it was in, or that it waited behind: then so much of its waiting was for that.
+        Events come in the order of their steps."""
         if self.inside:
             self._keep(event)
-        else:
-            self._ahead.append(event)
+            return
+        until_s = event.start_s + event.seconds
+        lost_s = until_s - max(event.start_s, self._idle_s, self._blocked_until_s)
+        if lost_s > 0:
+            stage = Stage.COLD_LOAD if event.kind == "cold_load" else Stage.FAILOVER
+            self._book(stage, lost_s, event.group, event.layer)
+            self._keep(event._replace(start_s=until_s - lost_s, seconds=lost_s))
+            self._blocked_s, self._blocked_until_s = self._blocked_s + lost_s, until_s
 
     def _keep(self, event: StepEvent) -> None:
         """Keeps an event; the longest ones where there are many."""
@@ -156,16 +163,19 @@ class RequestAccount:
             self.events.remove(min(self.events, key=lambda item: item.seconds))
 
     def total(self) -> Ledger:
-        """Both phases together."""
-        both = self.prefill.copy()
-        both.absorb(self.decode)
-        return both
+        """All phases together."""
+        whole = self.queue.copy()
+        whole.absorb(self.prefill)
+        whole.absorb(self.decode)
+        return whole
 
     def gaps_s(self) -> list[float]:
         """Between successive tokens, seconds."""
         return [self.tokens[i] - self.tokens[i - 1] for i in range(1, len(self.tokens))]
 
     def _phase(self) -> Ledger:
+        if self.first_step_s is None:
+            return self.queue
         return self.prefill if self.first_token_s is None else self.decode
 
     def _cut(self, total: Ledger, now_s: float) -> None:
@@ -180,15 +190,15 @@ class RequestAccount:
         if self._window_tokens:
             self._close_window(spent, now_s)
         elif self.windows:  # steps without a token of its own, as after a preemption: they belong to what came before
-            rest = Window(now_s, now_s, 0, 0.0, spent.spent())
+            rest = Window(now_s, now_s, 0, 0.0, _sum(spent.spent(), self._window_waits))
             rest.start_s, rest.end_s = self.windows[-1].start_s, now_s
             self.windows[-1].join(rest)
-        self._window_s, self._window_tokens, self._window_gap_s, self._window_turn_s = now_s, 0, 0.0, 0.0
+        self._window_s, self._window_tokens, self._window_gap_s = now_s, 0, 0.0
+        self._window_waits = {}
 
     def _close_window(self, spent: Ledger, now_s: float) -> None:
-        window = Window(self._window_s, now_s, self._window_tokens, self._window_gap_s, spent.spent())
-        if self._window_turn_s > 0:
-            window.seconds[Stage.TURN.value] = self._window_turn_s
+        window = Window(self._window_s, now_s, self._window_tokens, self._window_gap_s, {})
+        window.seconds = _sum(spent.spent(), self._window_waits)
         for group in spent.groups():
             if group.worst_layer_s > window.waited_s:
                 window.group, window.layer, window.waited_s = group.group, group.worst_layer, group.worst_layer_s
@@ -200,3 +210,7 @@ class RequestAccount:
                     first.join(second)
             self.windows = [first for first, _ in pairs]
             self._scale *= 2
+
+
+def _sum(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}

@@ -115,11 +115,13 @@ class Report:
         }
 
 
-def spent_of(trace: TraceView) -> Spent | None:
-    """What a trace says of its request; None for a trace without one."""
-    request = trace.request
-    if request is None:
-        return None
+def spent_of(trace: TraceView) -> list[Spent]:
+    """What a trace says of its requests: none for a trace of something else, several where a client had more."""
+    children = trace.children()
+    return [_spent(trace, request, children) for request in trace.requests]
+
+
+def _spent(trace: TraceView, request: SpanView, children: Mapping[str, list[SpanView]]) -> Spent:
     numbers = request.attributes
     found = Spent(
         trace.trace_id,
@@ -128,8 +130,7 @@ def spent_of(trace: TraceView) -> Spent | None:
         int(numbers.get("gen_ai.usage.input_tokens", 0)),
         int(numbers.get("gen_ai.usage.output_tokens", 0)),
     )
-    children = trace.children()
-    phases = {"moe.prefill": found.prefill, "moe.decode": found.decode}
+    phases = {"moe.queue": found.prefill, "moe.prefill": found.prefill, "moe.decode": found.decode}
     within: dict[str, float] = defaultdict(float)
     for span in children.get(request.span_id, []):
         into = phases.get(span.name)
@@ -138,16 +139,17 @@ def spent_of(trace: TraceView) -> Spent | None:
         for name, seconds in span.times().items():
             within[name] += seconds
             if name not in _GROUP_NAMES:
-                (found.once if name in _BY_REQUEST else into)[Cause(name)] = seconds
+                target = found.once if name in _BY_REQUEST else into
+                target[Cause(name)] = target.get(Cause(name), 0.0) + seconds
         _groups(found, into, span, children.get(span.span_id, []))
     for name, seconds in request.times().items():
         rest_s = seconds - within[name]
         if rest_s > 1e-9:
             cause = Cause(name)
             found.once[cause] = found.once.get(cause, 0.0) + rest_s
-    _cold(found, trace.named("moe.expert.cold_load"))
+    _cold(found, [span for span in children.get(request.span_id, []) if span.name == "moe.expert.cold_load"])
     client = trace.client
-    if client is not None:
+    if client is not None and client.span_id == request.parent_id:
         outside_s = client.seconds - request.seconds
         reading_s = min(float(client.attributes.get("moe.client.consume", 0.0)), outside_s)
         if reading_s > 0:
@@ -230,11 +232,11 @@ def _median(values: Sequence[float]) -> float:
 
 def blame(traces: Iterable[TraceView], quantile: float) -> Report:
     """The causes of the slowest requests, those above the quantile: at least one."""
-    requests = [spent for trace in traces if (spent := spent_of(trace)) is not None]
+    requests = [spent for trace in traces for spent in spent_of(trace)]
     usual = _Usual(requests)
-    beyond = {item.trace_id: sum(item.seconds().values()) - sum(usual.of(item).values()) for item in requests}
+    beyond = {id(item): sum(item.seconds().values()) - sum(usual.of(item).values()) for item in requests}
     number = min(len(requests), max(1, math.ceil((1.0 - quantile) * len(requests) - 1e-9)))
-    tail = sorted(requests, key=lambda item: -beyond[item.trace_id])[:number]
+    tail = sorted(requests, key=lambda item: -beyond[id(item)])[:number]
     wall_s = sum(item.wall_s for item in tail)
     seconds: dict[Cause, float] = defaultdict(float)
     excess: dict[Cause, float] = defaultdict(float)

@@ -3,6 +3,7 @@ the standard OTEL_* variables, which the SDK reads by itself (headers, certifica
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import uuid
@@ -43,6 +44,15 @@ def destinations(config: TelemetryConfig) -> list[str]:
 def store_of(config: TelemetryConfig) -> Path:
     """Directory of the embedded store."""
     return Path(config.store) if config.store else default_store()
+
+
+def place_of(kind: str, config: TelemetryConfig) -> str:
+    """Names where spans go, for a tracestate: two processes with the same one export to the same place. A store is
+    one of a host; of a collector, which has many addresses, only the kind counts."""
+    if kind == OTLP:
+        return OTLP
+    place = f"{socket.gethostname()}:{store_of(config).absolute()}"
+    return f"{kind}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
 
 def span_exporter(kind: str, config: TelemetryConfig) -> SpanExporter:

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from cluster.config import TelemetryConfig
 from cluster.core import Clock, LayerCall
-from cluster.telemetry.exporters import destinations, metric_reader, resource_of, span_exporter
+from cluster.telemetry.exporters import OTLP, destinations, metric_reader, place_of, resource_of, span_exporter
 from cluster.telemetry.keep import TailSampler
 from cluster.telemetry.logs import log_request
 from cluster.telemetry.metrics import Gauge, Metrics, PrometheusEndpoint
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_RECORDS = 8192
 PERIOD_S = 0.1
-RECORDS_FULL = "records_full"
+RECORDS_FULL, RECORD_FAILED = "records_full", "record_failed"
 
 Call = tuple[LayerCall, float, float, float, float, int]
 Record = RequestRecord | StepRecord | PhaseRecord | Call
@@ -67,6 +67,7 @@ class Telemetry:
         resource = resource_of(service, attributes or {})
         kinds = destinations(config)
         self.kinds = tuple(kinds)
+        self._places = frozenset(place_of(kind, config) for kind in kinds)
         self.tracing = bool(kinds)
         self._pumps = [SpanPump(span_exporter(kind, config), kind, config.queue_spans) for kind in kinds]
         self._maker = SpanMaker(resource, model)
@@ -166,6 +167,7 @@ class Telemetry:
                 self._handle(self._records.popleft())
             except Exception:
                 log.exception("a record could not be told")
+                self._lost[RECORD_FAILED] += 1
         self._progress_s = self._clock()
         self._idle.set()
 
@@ -176,9 +178,10 @@ class Telemetry:
                 self._metrics.request(record)
             kept = self._keep.why(record)
             if record.traced and kept:
-                # A parent that nobody exports to where we do would leave our spans hanging.
-                elsewhere = record.trace_state and record.trace_state not in self.kinds
-                parent = record.parent if record.sampled and not elsewhere else ""
+                # A parent that nobody exports to where we do would leave our spans hanging. Who does not say where
+                # its spans go is no client of ours, and cannot write to our store.
+                found = record.trace_state in self._places if record.trace_state else OTLP in self.kinds
+                parent = record.parent if record.sampled and found else ""
                 self._export(self._maker.request(record, parent, kept))
         elif isinstance(record, StepRecord):
             if self._metrics is not None:

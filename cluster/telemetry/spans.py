@@ -170,7 +170,8 @@ class SpanMaker:
     def _engine_spans(self, tree: _Tree, above: str, record: RequestRecord, account: RequestAccount) -> None:
         ended_s = record.ended_s if account.ended_s is None else account.ended_s
         first_step_s = ended_s if account.first_step_s is None else account.first_step_s
-        tree.add("moe.queue", above, account.arrived_s, first_step_s, {})
+        queue = tree.add("moe.queue", above, account.arrived_s, first_step_s, _times(account.queue.spent()))
+        self._batches(tree, queue, account.arrived_s, account.queue)
         if account.first_step_s is not None:
             until_s = ended_s if account.first_token_s is None else account.first_token_s
             attributes = {"moe.tokens": record.prompt_tokens, **_times(account.prefill.spent())}

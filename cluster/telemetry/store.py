@@ -58,7 +58,9 @@ class StoreExporter(SpanExporter):
         batch = {"resource": dict(spans[0].resource.attributes), "spans": [_plain(span) for span in spans]}
         data = json.dumps(batch, separators=(",", ":")).encode() + b"\n"
         try:
-            if self._file is None or self._size + len(data) > self._segment_bytes:
+            # A segment that others have removed for its age is of no use any more.
+            gone = self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
+            if self._file is None or gone or self._size + len(data) > self._segment_bytes:
                 self._new_segment()
             assert self._file is not None
             self._file.write(data)
@@ -116,7 +118,8 @@ def prune(directory: Path, max_bytes: int) -> None:
     sizes = {}
     for segment in sorted(directory.glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError):
-            sizes[segment] = segment.stat().st_size
+            facts = segment.stat()
+            sizes[segment] = max(facts.st_size, facts.st_blocks * 512)  # many short ones take a block each
     total = sum(sizes.values())
     for segment, size in sizes.items():
         if total <= max_bytes:

@@ -59,6 +59,11 @@ class TraceView:
         return next((span for span in self.spans if span.name == REQUEST), None)
 
     @property
+    def requests(self) -> list[SpanView]:
+        """All requests of the trace: a caller may have made several."""
+        return self.named(REQUEST)
+
+    @property
     def client(self) -> SpanView | None:
         """The client's span, where it is known."""
         return next((span for span in self.spans if span.name == CLIENT), None)

@@ -54,7 +54,7 @@ def waterfall(trace: TraceView, windows: bool = True, columns: int = 150) -> Tab
             f"{(span.start_ns - start_ns) / 1e6:.1f}",
             f"{span.seconds * 1e3:.1f}",
             _bar(span, start_ns, end_ns, width),
-            _about(span),
+            Text(_about(span)),
         )
         for child in children.get(span.span_id, []):
             add(child, depth + 1)

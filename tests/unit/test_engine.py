@@ -26,6 +26,10 @@ from cluster.errors import (
 )
 from cluster.model.packed import Chunk
 from cluster.routing.dispatcher import StepContext
+from cluster.telemetry.account import StepEvent
+from cluster.telemetry.ledger import Stage
+from cluster.telemetry.records import StepRecord
+from cluster.telemetry.steps import StepDetail
 
 V, SOON = 50, 10.0
 
@@ -343,4 +347,45 @@ def test_deadlines_end_requests_whatever_their_order() -> None:
     model.gate.release(1000)
     ends = [collect(events)[1] for _, events in heard]
     assert [isinstance(end.error, DeadlineExceeded) for end in ends] == [False, True, False, True]
+    target.close()
+
+
+class Watcher:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+
+    def begin_step(self, asked: bool) -> StepDetail | None:
+        return StepDetail(by_layer=True) if asked else None
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def request(self, record: object) -> None:
+        raise AssertionError("requests are the front door's to tell of")
+
+
+def test_every_step_is_told_of_even_one_that_fails() -> None:
+    model, watcher = Model(), Watcher()
+
+    def forward(chunks: Sequence[Chunk], step: StepContext) -> torch.Tensor:
+        if model.fail is not None:
+            step.ledger.wait(2, 1, Stage.FAILOVER, 0.5)
+            step.events.append(StepEvent("failover", time.monotonic(), 0.5, group=2, layer=1, cause="planted"))
+        return model(chunks, step)
+
+    target = Engine(forward, None, EngineConfig(), 1, observer=watcher, detail_steps=1)
+    _, last = collect(ask(target, 5, new=3, trace_detail=True)[1])
+    assert last.account is not None
+    assert [record.detail is not None for record in watcher.steps] == [True, False, False]
+    assert last.account.step_links == [watcher.steps[0].detail.trace_id]  # type: ignore[union-attr]
+    model.fail = Unavailable("planted")
+    _, last = collect(ask(target, 6)[1])
+    failed = watcher.steps[-1]
+    assert [event.group for event in failed.events] == [2]
+    assert failed.after.since(failed.before).seconds(Stage.FAILOVER) == pytest.approx(0.5)
+    assert last.account is not None
+    assert [event.kind for event in last.account.events] == ["failover"]
+    assert last.account.prefill.seconds(Stage.FAILOVER) == pytest.approx(0.5)
     target.close()

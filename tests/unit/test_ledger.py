@@ -133,7 +133,8 @@ def test_a_request_that_stays_in_the_batch_is_booked_by_differences() -> None:
     item.end(total, now_s)
     total.add(Stage.TRUNK, 5.0)  # after it went
     assert item.total().spent() == pytest.approx({"queue": 0.5, "trunk": 6.0, "expert.straggler": 4.0})
-    assert item.prefill.spent() == pytest.approx({"queue": 0.5, "trunk": 0.06, "expert.straggler": 0.04})
+    assert item.queue.spent() == pytest.approx({"queue": 0.5})
+    assert item.prefill.spent() == pytest.approx({"trunk": 0.06, "expert.straggler": 0.04})
     assert sum(window.seconds["trunk"] for window in item.windows) == pytest.approx(5.94)
     assert sum(window.tokens for window in item.windows) == 99
     assert {(window.group, window.layer) for window in item.windows} == {(1, 4)}
@@ -179,14 +180,28 @@ def test_who_waits_behind_a_step_that_fails_over_waits_for_that() -> None:
     item = RequestAccount(1.0)
     item.note(StepEvent("failover", 0.5, 1.0, group=2, layer=3))  # half of it before the request came
     item.note(StepEvent("cold_load", 1.4, 0.3, group=1, layer=0, expert=5))  # a part of it at the same time
-    item.note(StepEvent("failover", 9.0, 1.0, group=2, layer=3))  # has nothing to do with it
     item.enter(Ledger(), 2.0)
-    spent = item.prefill.spent()
+    spent = item.queue.spent()
     assert spent == pytest.approx({"failover": 0.5, "expert.cold_load": 0.2, "queue": 0.3})
     assert [(event.kind, event.seconds) for event in item.events] == [
         ("failover", pytest.approx(0.5)),
         ("cold_load", pytest.approx(0.2)),
     ]
+
+
+def test_who_loses_its_turn_to_a_failover_while_decoding_has_that_in_its_window() -> None:
+    total = Ledger()
+    item = RequestAccount(0.0)
+    item.enter(total, 0.0)
+    item.token(total, 0.1)
+    item.leave(total, 0.1)
+    item.note(StepEvent("failover", 0.2, 0.5, group=1, layer=2))
+    item.enter(total, 0.8)
+    total.add(Stage.TRUNK, 0.1)
+    item.token(total, 0.9)
+    item.end(total, 0.9)
+    assert item.windows[0].seconds == pytest.approx({"failover": 0.5, "turn": 0.2, "trunk": 0.1})
+    assert item.decode.spent() == pytest.approx({"failover": 0.5, "turn": 0.2, "trunk": 0.1})
 
 
 def test_the_longest_events_are_kept() -> None:

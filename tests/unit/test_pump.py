@@ -133,3 +133,16 @@ def test_a_store_that_cannot_be_written_drops_and_counts(tmp_path: Path) -> None
     assert telemetry.flush(10)
     assert telemetry.counts()["dropped"] == telemetry.counts()["created"] > 0
     telemetry.close()
+
+
+def test_a_segment_that_others_removed_is_left_for_a_new_one(tmp_path: Path) -> None:
+    exporter = StoreExporter(tmp_path, 1 << 20)
+    telemetry = Telemetry(TelemetryConfig(traces="off"), "x", {}, "m")
+    telemetry.close()
+    assert exporter.export(telemetry._maker.request(record(3), "", "")) is SpanExportResult.SUCCESS
+    for segment in tmp_path.iterdir():
+        segment.unlink()
+    item = record(3)
+    assert exporter.export(telemetry._maker.request(item, "", "")) is SpanExportResult.SUCCESS
+    exporter.shutdown()
+    assert list(traces_of(read_store(tmp_path))) == [item.ref.trace_id]

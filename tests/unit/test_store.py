@@ -146,8 +146,14 @@ def test_weights_that_cannot_be_read_fail_the_call_and_only_it() -> None:
     with pytest.raises(InternalError, match="expert 3 of MoE layer 0"):
         use(store, 0, [3])
     use(store, 0, [2, 1])
+    disk.broken = {3, 4}
+    with pytest.raises(InternalError):
+        use(store, 0, [3, 4])
+    limit_s = time.monotonic() + 10
+    while store.progress_age_s() and time.monotonic() < limit_s:
+        time.sleep(0.01)
     disk.broken.clear()
-    use(store, 0, [3])
+    use(store, 0, [3, 4])
     store.close()
 
 

@@ -15,6 +15,7 @@ from cluster.core import LayerCall
 from cluster.telemetry.account import StepEvent
 from cluster.telemetry.blame import blame
 from cluster.telemetry.exchange import to_jaeger, to_otlp_json
+from cluster.telemetry.exporters import place_of
 from cluster.telemetry.hub import Telemetry
 from cluster.telemetry.keep import TailSampler
 from cluster.telemetry.ledger import Ledger, Stage
@@ -83,14 +84,15 @@ def test_a_waterfall_has_every_span(tmp_path: Path) -> None:
 def test_a_parent_that_is_exported_elsewhere_is_left_out(tmp_path: Path) -> None:
     parent = new_span_id()
     records = [
-        record(3, parent=parent, trace_state="file"),
+        record(3, parent=parent, trace_state=place_of("file", in_store(tmp_path))),
+        record(3, parent=parent, trace_state=place_of("file", in_store(tmp_path / "other"))),
         record(3, parent=parent, trace_state="otlp"),
         record(3, parent=parent),
         record(3, parent=parent, sampled=False),
     ]
     traces = traces_from(in_store(tmp_path), records)
     found = [traces[item.ref.trace_id].request.parent_id if item.ref.trace_id in traces else None for item in records]  # type: ignore[union-attr]
-    assert found == [parent, "", parent, None]
+    assert found == [parent, "", "", "", None]
 
 
 def test_steps_have_traces_of_their_own_with_links(tmp_path: Path) -> None:

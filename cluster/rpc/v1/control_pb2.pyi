@@ -89,7 +89,7 @@ class TelemetryStatus(_message.Message):
     metrics_address: _builtins.str
     """HOST:PORT of the Prometheus endpoint; empty without."""
     spans_created: _builtins.int
-    """Spans of the router since its start: made, exported, lost, and not exported yet."""
+    """Spans of the router since its start: made, exported, lost (by its groups too), and not exported yet."""
     spans_exported: _builtins.int
     spans_dropped: _builtins.int
     spans_waiting: _builtins.int
