@@ -27,7 +27,7 @@ class ClientTracer:
 
     def __init__(self, config: TelemetryConfig) -> None:
         kinds = destinations(config)
-        self._place = place_of(kinds[0], config) if kinds else ""
+        self._place = ";".join(place_of(kind, config) for kind in kinds)
         self._pumps = [SpanPump(span_exporter(kind, config), kind, config.queue_spans) for kind in kinds]
         self._maker = SpanMaker(resource_of("expertmesh-client", {}))
 

@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 class Work:
     """One round: so many requests, so many of them at a time."""
 
-    pairs: int = 24
+    pairs: int = 36
     streams: int = 8
     requests: int = 16
     prompt: int = 32

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def trace_cost(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = EMBEDDED_MODEL,
     groups: Annotated[int, typer.Option(help="Expert groups.")] = 2,
-    pairs: Annotated[int, typer.Option(help="Interleaved pairs of rounds, each with a control.")] = 24,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of rounds, each with a control.")] = 36,
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
     requests: Annotated[int, typer.Option(help="Requests of a round.")] = 16,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt; random ones.")] = 32,

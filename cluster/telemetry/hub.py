@@ -180,7 +180,8 @@ class Telemetry:
             if record.traced and kept:
                 # A parent that nobody exports to where we do would leave our spans hanging. Who does not say where
                 # its spans go is no client of ours, and cannot write to our store.
-                found = record.trace_state in self._places if record.trace_state else OTLP in self.kinds
+                places = set(record.trace_state.split(";")) if record.trace_state else {OTLP}
+                found = self._places <= places
                 parent = record.parent if record.sampled and found else ""
                 self._export(self._maker.request(record, parent, kept))
         elif isinstance(record, StepRecord):
