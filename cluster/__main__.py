@@ -12,6 +12,7 @@ import typer
 from cluster import __version__
 from cluster.commands import (
     bench,
+    bench_cold,
     bench_engine,
     bench_serve,
     bench_trace,
@@ -89,6 +90,9 @@ app.add_typer(numa_app, name="numa")
 bench_app.command(
     "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
 )(bench.dispatch)
+bench_app.command("cold", epilog=_examples("expertmesh bench cold", "expertmesh bench cold --budget 0.25 --json"))(
+    bench_cold.cold
+)
 bench_app.command(
     "trace-cost", epilog=_examples("expertmesh bench trace-cost", "expertmesh bench trace-cost --pairs 40 --json")
 )(bench_trace.trace_cost)

@@ -158,6 +158,8 @@ class Config:
     expert_memory: str = "all"
     """Of a group, for experts in memory: all, or bytes such as 512M or 4G (powers of 1024). What does not fit is loaded
     when it is called for."""
+    predict_experts: bool = True
+    """Groups with a budget are told which experts the next layer will probably want."""
     packed_experts: str = "auto"
     """on: CPUs keep a second copy of expert weights in the layout that is best for many rows; off: they do not; auto:
     where memory permits."""

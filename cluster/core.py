@@ -123,7 +123,8 @@ class LayerCall(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class StoreFacts:
     """How a group whose experts exceed its budget gets on: experts in memory and that fit, and since its start how
-    often one was there when a call came (``hits``), calls that waited (``stalls``), loads and evictions."""
+    often one was there when a call came (``hits``), calls that waited (``stalls``), loads and evictions, loads
+    ``ahead`` of calls, orders that came too late, and bytes that were loaded ahead for nothing."""
 
     budget_bytes: int
     resident: int
@@ -135,6 +136,9 @@ class StoreFacts:
     loads_s: float = 0.0
     loaded_bytes: int = 0
     evictions: int = 0
+    ahead: int = 0
+    late: int = 0
+    wasted_bytes: int = 0
     progress_age_s: float = 0.0
 
 

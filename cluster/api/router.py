@@ -23,7 +23,7 @@ from cluster.errors import CheckpointError
 from cluster.experts.group import visible_devices
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
-from cluster.model.trunk import Trunk
+from cluster.model.trunk import Prewarm, Trunk
 from cluster.placement.binding import Binding, Where, numa_attributes
 from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
@@ -80,6 +80,8 @@ class Router:
         self.fabric = Fabric(fetch, local_links or self._connector())
         dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
+        if config.predict_experts:
+            self._trunk.prewarm = Prewarm(dispatcher.prewarms, dispatcher.prewarm)
         tokenizer = load_tokenizer(checkpoint.path)
         started.done("weights", time.monotonic())
         self.fabric.start(config.start_timeout_s)
@@ -128,7 +130,7 @@ class Router:
     def _warm_up(self) -> int:
         """Steps through trunk and groups, with several tokens and with one; returns key-value bytes a token."""
         self._trunk.store = KvStore(1, _WARM_UP_TOKENS + 1)
-        self._trunk.forward([Chunk(range(_WARM_UP_TOKENS), 0, [0])], StepContext(0))
+        self._trunk.learn_gates([Chunk(range(_WARM_UP_TOKENS), 0, [0])], StepContext(0))
         self._trunk.forward([Chunk([0], _WARM_UP_TOKENS, [0])], StepContext(0))
         return self._trunk.store.bytes_per_token
 

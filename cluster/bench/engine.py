@@ -7,6 +7,7 @@ each is a process too, reached over the real links; there is no Ray, whose part 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ import torch
 from cluster.api.router import Router
 from cluster.bench.children import end
 from cluster.config import COMPUTE_ENVIRONMENT, Config, load_config
-from cluster.core import Deadline, GroupInfo, Membership, Request, SamplingParams, StopParams
+from cluster.core import Deadline, GroupInfo, Membership, Request, SamplingParams, StopParams, StoreFacts
 from cluster.engine.engine import Engine
 from cluster.engine.events import TokenEvent
 from cluster.errors import InternalError
@@ -50,6 +51,13 @@ def cores() -> int:
 @contextmanager
 def router_of(config: Config) -> Iterator[Router]:
     """A router with its groups, in this process or in processes of their own."""
+    with system_of(config) as (router, _):
+        yield router
+
+
+@contextmanager
+def system_of(config: Config) -> Iterator[tuple[Router, Callable[[], list[GroupInfo]]]]:
+    """The same, and what asks its groups how they are."""
     checkpoint = Checkpoint(config.model)
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
     per_layer = [layer.num_experts for layer in weights.skeleton.moe_layers]
@@ -62,6 +70,9 @@ def router_of(config: Config) -> Iterator[Router]:
             stack.callback(group.close)
             infos = {0: group.info()}
 
+            def ask() -> list[GroupInfo]:
+                return [group.info()]
+
             def connect(info: GroupInfo, _deadline: Deadline) -> Transport:
                 return InprocTransport(info.group, group.host)
         else:
@@ -69,10 +80,14 @@ def router_of(config: Config) -> Iterator[Router]:
             started = [stack.enter_context(_group_process(config, number)) for number in range(config.groups)]
             for number, process in enumerate(started):
                 infos[number] = _read_info(process)
+
+            def ask() -> list[GroupInfo]:
+                return [_asked_again(process) for process in started]
+
         membership = Membership(table_from_groups(1, 1, per_layer, infos.values()), infos)
         router = Router(config, lambda: membership, threads, connect)
         stack.callback(router.close)
-        yield router
+        yield router, ask
 
 
 @contextmanager
@@ -80,7 +95,7 @@ def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str
     settings = {"model": config.model, "groups": config.groups, "dtype": config.dtype, "threads": config.threads}
     settings |= {"expert_dtype": config.expert_dtype, "packed_experts": config.packed_experts}
     settings["data_plane"] = {"secret": config.data_plane.secret}
-    settings["telemetry"] = QUIET
+    settings |= {"telemetry": QUIET, "expert_memory": config.expert_memory}
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.bench.engine", _GROUP, str(number), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -102,7 +117,15 @@ def _read_info(process: subprocess.Popen[str]) -> GroupInfo:
         raise InternalError("an expert group's process did not start")
     fields = json.loads(line)
     fields["holdings"] = tuple(tuple(experts) for experts in fields["holdings"])
+    fields["store"] = StoreFacts(**fields["store"]) if fields["store"] is not None else None
     return GroupInfo(**fields)
+
+
+def _asked_again(process: subprocess.Popen[str]) -> GroupInfo:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return _read_info(process)
 
 
 def _serve_group(number: int, config: Config) -> None:
@@ -111,10 +134,11 @@ def _serve_group(number: int, config: Config) -> None:
     holdings = plan_blocks([layer.num_experts for layer in weights.skeleton.moe_layers], config.groups)
     threads = config.threads or max(1, cores() // config.groups)
     group = ExpertGroup(number, holdings[number], config, threads)
-    info = group.info()
-    sys.stdout.write(json.dumps({name: getattr(info, name) for name in GroupInfo.__slots__}) + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    while True:
+        sys.stdout.write(json.dumps(dataclasses.asdict(group.info())) + "\n")
+        sys.stdout.flush()
+        if not sys.stdin.readline():
+            break
     group.close()
 
 
@@ -133,7 +157,7 @@ class Generator:
         streams = []
         for prompt in prompts:
             self._count += 1
-            stream = _Stream(self._engine)
+            stream = Stream(self._engine)
             request = Request(f"bench-{self._count}", tuple(prompt), SamplingParams(), StopParams(new), deadline)
             self._engine.submit(request, stream.hear)
             streams.append(stream)
@@ -148,7 +172,7 @@ class Generator:
         }
 
 
-class _Stream:
+class Stream:
     """Tokens of one prompt and when they came."""
 
     def __init__(self, engine: Engine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Sequence
 
 import torch
 
@@ -74,9 +75,11 @@ class ExpertGroup:
         self._fingerprint, self._dtype = checkpoint.fingerprint, DTYPE_NAMES[dtype]
         self.host: ExpertHost | InlineHost
         if listen:
-            self.host = ExpertHost(compute, f"experts-{group}", threads, notes=notes, observe=self._observe)
+            self.host = ExpertHost(
+                compute, f"experts-{group}", threads, notes=notes, observe=self._observe, on_order=self._order
+            )
         else:
-            self.host = InlineHost(compute, notes=notes, observe=self._observe)
+            self.host = InlineHost(compute, notes=notes, observe=self._observe, on_order=self._order)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
         self._warm_up(hidden_size, dtype)
         started.done("warm_up", time.monotonic())
@@ -104,6 +107,12 @@ class ExpertGroup:
     def _observe(self, call: LayerCall, started_s: float, ended_s: float, reply: LayerReply) -> None:
         if self.telemetry is not None:
             self.telemetry.layer_call(call, started_s, ended_s, reply.queue_s, reply.load_s, reply.partial_TH.shape[0])
+
+    def _order(self, layer: int, experts: Sequence[int]) -> None:
+        store, held = self.bank.store, self.bank.holdings
+        if store is not None and 0 <= layer < len(held):
+            mine = set(held[layer])
+            store.order(layer, [expert for expert in experts if expert in mine])
 
     def _drop_links(self) -> None:
         for server in (self.server, self.shm_server):
@@ -170,6 +179,9 @@ class ExpertGroup:
             loads_s=stats.loads_s,
             loaded_bytes=stats.loaded_bytes,
             evictions=stats.evictions,
+            ahead=stats.ahead,
+            late=stats.late,
+            wasted_bytes=stats.wasted_bytes,
             progress_age_s=store.progress_age_s(),
         )
 

@@ -14,7 +14,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
+OnOrder = Callable[[int, Sequence[int]], None]
+"""(MoE layer, experts that calls will probably want)."""
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
 MAX_ROUNDS = 64
 """Looks at the sockets before the next call is computed, whatever still comes in."""
@@ -49,7 +51,9 @@ class ExpertHost:
         clock: Clock = time.monotonic,
         notes: LoadNotes | None = None,
         observe: Observe | None = None,
+        on_order: OnOrder | None = None,
     ) -> None:
+        self._on_order = on_order
         self._compute, self._clock, self._max_bytes = compute, clock, max_queued_bytes
         self._notes, self._observe = notes or LoadNotes(), observe
         self._heap: list[tuple[int, int, float, LayerCall, LayerRows, PendingReply]] = []
@@ -91,6 +95,11 @@ class ExpertHost:
     def cancel(self, pending: PendingReply) -> None:
         """The call is skipped if it is still queued."""
         pending.fail(DeadlineExceeded("the call was cancelled"))
+
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """Calls will probably want these experts soon; nothing where all of them are in memory."""
+        if self._on_order is not None:
+            self._on_order(layer, experts)
 
     def watch(self, fd: int, ready: Callable[[int], None]) -> None:
         """From now on ``ready(epoll events)`` is called in the compute thread when ``fd`` can be read. It must not
@@ -218,7 +227,9 @@ class InlineHost:
         clock: Clock = time.monotonic,
         notes: LoadNotes | None = None,
         observe: Observe | None = None,
+        on_order: OnOrder | None = None,
     ) -> None:
+        self._on_order = on_order
         self._compute, self._clock = compute, clock
         self._notes, self._observe = notes or LoadNotes(), observe
         self.calls = 0
@@ -233,6 +244,11 @@ class InlineHost:
 
     def cancel(self, pending: PendingReply) -> None:
         """Every call has been answered already."""
+
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """As `ExpertHost.order`."""
+        if self._on_order is not None:
+            self._on_order(layer, experts)
 
     def progress_age_s(self) -> float:
         """Seconds since the call in progress began; 0 when there is none."""

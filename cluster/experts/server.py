@@ -29,6 +29,7 @@ from cluster.transport.codec import (
     decode_call_id,
     decode_form,
     decode_ids,
+    decode_order,
 )
 from cluster.transport.collective import GROUP_RANK, PayloadPair, Store, available
 from cluster.transport.grpc_link import CHANNEL_OPTIONS, METHOD, SERVICE
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Parsed = bytes | ExpertMeshError
 _TAKEN = b"\0"
-_CALL, _CANCEL = int(Kind.CALL), int(Kind.CANCEL)
+_CALL, _CANCEL, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.ORDER)
 ALL_INTERFACES = ("0.0.0.0", "[::]")
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_STREAMS = 128
@@ -117,6 +118,9 @@ class _Stream:
             cancelled = self.calls.get(decode_call_id(frame))
             if cancelled is not None:
                 self._handler.cancel(cancelled)
+            return
+        if kind == _ORDER:
+            self._handler.order(*decode_order(frame))
             return
         if kind != _CALL:
             raise LinkBroken("a frame that is neither a call nor a cancellation")

@@ -37,6 +37,7 @@ from cluster.transport.codec import (
     decode_call_id,
     decode_form,
     decode_ids,
+    decode_order,
     on_cpu,
     pairs_over,
     rows_over,
@@ -50,7 +51,7 @@ from cluster.transport.shm import FRAME_BYTES, MEMORY_BYTES, NONCE_BYTES, SEALS,
 
 log = logging.getLogger(__name__)
 
-_CALL, _CANCEL, _GO = int(Kind.CALL), int(Kind.CANCEL), int(Kind.GO)
+_CALL, _CANCEL, _GO, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.GO), int(Kind.ORDER)
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_FORMS = 4096
 MAX_HANDSHAKES = 16
@@ -220,6 +221,8 @@ class _Peer:
                 ready = self._ahead.pop(decode_call_id(frame), None)
                 if ready is not None:
                     self._host.submit(*ready)
+            elif kind == _ORDER:
+                self._host.order(*decode_order(frame))
             elif kind == _CANCEL:
                 cancelled = self.calls.get(decode_call_id(frame))
                 if cancelled is not None:

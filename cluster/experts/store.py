@@ -2,8 +2,10 @@
 
 Experts of one shape share a pool of slots, whatever their layer. A layer call pins the experts that it names; those
 that are not there are loaded by the store's own thread, demand before anything ordered ahead, into a free slot or the
-one that was not used for longest. An expert that is pinned, or being loaded, is never evicted. Cold means on disk:
-tensors are read from the checkpoint's mapped files, which the system may have in its page cache.
+one that was not used for longest, of its own layer where that has its even share of the pool: calls go through the
+layers round and round, and what was not used for longest of all is what comes next. An expert that is pinned, or being
+loaded, is never evicted. Cold means on disk: tensors are read from the checkpoint's mapped files, which the system may
+have in its page cache.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +57,8 @@ class Pool:
     expert_bytes: int
     free: list[int]
     slots: int
+    share: int
+    """Slots of each of its layers, evenly."""
     residents: OrderedDict[ExpertId, int] = field(default_factory=OrderedDict)
     """Slot of each resident expert, the one used last at the end."""
 
@@ -201,7 +205,10 @@ class ExpertStore:
         pool = self._pool_of[layer]
         with self._lock:
             kept = [key for key in self._ahead if key.layer != layer]
-            wanted = [ExpertId(layer, expert) for expert in experts]
+            wanted = [ExpertId(layer, expert) for expert in experts[: max(1, pool.share)]]
+            for key in wanted:
+                if key in pool.residents:
+                    pool.residents.move_to_end(key)  # somebody else makes room
             self._ahead = deque([*kept, *(key for key in wanted if key not in pool.residents and key != self._loading)])
             self._lock.notify_all()
 
@@ -220,7 +227,7 @@ class ExpertStore:
                 pool = self._pool_of[key.layer]
                 if key in pool.residents:
                     continue
-                slot = self._slot_for(pool)
+                slot = self._slot_for(pool, key.layer)
                 if slot is None:  # everything is pinned: again when somebody lets go
                     if demanded:
                         self._demand.appendleft(key)
@@ -238,12 +245,15 @@ class ExpertStore:
         pool = self._pool_of[self._ahead[0].layer]
         return bool(pool.free) or any(key not in self._pinned for key in pool.residents)
 
-    def _slot_for(self, pool: Pool) -> int | None:
+    def _slot_for(self, pool: Pool, layer: int) -> int | None:
         if pool.free:
             return pool.free.pop()
-        victim = next((key for key in pool.residents if key not in self._pinned), None)
-        if victim is None:
+        counts = Counter(key.layer for key in pool.residents)
+        free = [key for key in pool.residents if key not in self._pinned]  # the one not used for longest first
+        if not free:
             return None
+        fullest = layer if counts[layer] >= pool.share else max(counts, key=counts.__getitem__)
+        victim = next((key for key in free if key.layer == fullest), free[0])
         self.stats.evictions += 1
         if victim in self._unused:
             self._unused.discard(victim)
@@ -308,7 +318,7 @@ def _pools(
                 "that two of each shape fit"
             )
         tensors = {name: torch.empty((max(1, slots), *shape), dtype=dtype) for name, shape in kind}
-        pool = Pool(tensors, sizes[kind], list(range(slots))[::-1], slots)
+        pool = Pool(tensors, sizes[kind], list(range(slots))[::-1], slots, max(1, slots // len(layers)))
         for layer in layers:
             found[layer] = pool
     return [pool for pool in found if pool is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from cluster.core import Clock
 from cluster.errors import InternalError
 from cluster.model.ahead import AheadOfTime, shared_experts_of
+from cluster.model.gates import Gates
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk, Layers, PackedBatch, PackedCache, Step, stepping
@@ -27,6 +29,14 @@ Meanwhile = Callable[[], None] | None
 Dispatch = Callable[[StepContext, int, torch.Tensor, torch.Tensor, torch.Tensor, Meanwhile], torch.Tensor]
 """(step, MoE layer, hidden [T, H], expert index [T, K], gate weight [T, K], the router's own work while the experts are
 on their way) -> fp32 [T, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prewarm:
+    """``wanted()``: somebody would gain by it; ``order(layer, index [T, K])`` tells them."""
+
+    wanted: Callable[[], bool]
+    order: Callable[[int, torch.Tensor], None]
 
 
 class Trunk:
@@ -52,6 +62,10 @@ class Trunk:
         takes = inspect.signature(self.model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in takes
         self._layers = Layers()
+        self.gates = Gates(self.model, [(item.module, item.num_experts) for item in skeleton.moe_layers])
+        self.prewarm: Prewarm | None = None
+        """Told of experts that the next layer will probably want, while groups compute; set by whoever can."""
+        self._seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
         self.store = KvStore(1, 1)
         """Where keys and values go; to be replaced before the first step."""
         self._step: StepContext | None = None
@@ -84,12 +98,34 @@ class Trunk:
             if step is None:
                 raise InternalError("experts were called outside a step")
             step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
+            if self._seen is not None:
+                self._seen(layer, hidden_TH, index_TK)
             meanwhile = None if ahead is None else partial(ahead.run, hidden_TH)
+            if self.prewarm is not None and self.prewarm.wanted():
+                meanwhile = partial(self._look_ahead, layer + 1, hidden_TH, meanwhile)
             output_TH = self._dispatch(step, layer, hidden_TH, index_TK, weight_TK, meanwhile)
             self._mark_s = self._clock()
             return output_TH.to(hidden_TH.dtype)
 
         return call
+
+    def _look_ahead(self, layer: int, hidden_TH: torch.Tensor, meanwhile: Meanwhile) -> None:
+        """Orders the next layer's experts, then does what else there is to do while the groups compute."""
+        assert self.prewarm is not None
+        index_TK = self.gates.choose(layer, hidden_TH)
+        if index_TK is not None:
+            self.prewarm.order(layer, index_TK)
+        if meanwhile is not None:
+            meanwhile()
+
+    def learn_gates(self, chunks: Sequence[Chunk], step: StepContext) -> None:
+        """One step in which the gates of all layers are found."""
+        with self.gates.watching() as seen:
+            self._seen = seen
+            try:
+                self.forward(chunks, step)
+            finally:
+                self._seen = None
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], step: StepContext) -> torch.Tensor:

@@ -7,6 +7,7 @@ step's patience is over; the result is the same, since expert calls are pure fun
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -181,6 +182,23 @@ class Dispatcher:
             reply.load_s,
             failed=bool(part.failed),
         )
+
+    def prewarms(self) -> bool:
+        """Some group would gain by being told what comes next."""
+        return bool(self._fabric.stores)
+
+    def prewarm(self, layer: int, index_TK: torch.Tensor) -> None:
+        """Tells the groups which experts of a layer will probably be called, the most wanted first."""
+        _, owner_E = self._fabric.owners(layer)
+        experts, counts = np.unique(index_TK.reshape(-1).cpu().numpy(), return_counts=True)
+        wanted = experts[np.argsort(-counts, kind="stable")]
+        owners = owner_E[wanted]
+        for group in self._fabric.stores:
+            mine = wanted[owners == group]
+            if mine.size:
+                # A group that cannot be reached is seen by the next call, which has a way around it.
+                with contextlib.suppress(ExpertMeshError):
+                    self._fabric.link(group).order(layer, mine.tolist())
 
     # -- sending -------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class Fabric:
         self._incarnations: dict[GroupId, str] = {}
         self._owner_LE: list[Owners] = []
         self._last_owner_LE: list[Owners] = []
+        self._stores: frozenset[GroupId] = frozenset()
         self._reconnects: dict[GroupId, int] = {}
         self._progress_s = clock()
         self._stop = threading.Event()
@@ -92,6 +93,7 @@ class Fabric:
                     np.where(now >= 0, now, then) for now, then in zip(self._owner_LE, known, strict=True)
                 ]
             self._membership = membership
+            self._stores = frozenset(info.group for info in membership.groups.values() if info.store is not None)
             for group in [g for g in self._links if self._stale(g)]:
                 self._drop(group)
 
@@ -126,6 +128,11 @@ class Fabric:
         """The table in use, and the group of each logical expert of the layer, int64 [E] (-1: no living copy)."""
         with self._lock:
             return self._membership.table, self._owner_LE[layer]
+
+    @property
+    def stores(self) -> frozenset[GroupId]:
+        """Groups that load experts when they are called for."""
+        return self._stores
 
     def last_owner(self, layer: int, expert: int) -> GroupId:
         """The group that holds an expert, or held it last; 0 if nobody ever did."""

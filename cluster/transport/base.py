@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -183,6 +184,10 @@ class Transport(Protocol):
         """Says that the reply is no longer wanted. Never raises. A call of another link only fails."""
         ...
 
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """Says which experts of a layer calls will probably want soon. A hint: never waits or raises, may be lost."""
+        ...
+
     def healthy(self) -> bool:
         """False once the link is down for good; a new one must be made then."""
         ...
@@ -201,4 +206,8 @@ class CallHandler(Protocol):
 
     def cancel(self, pending: PendingReply) -> None:
         """Drops the call if it has not been computed yet."""
+        ...
+
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """Calls will probably want these experts soon. Never blocks, never raises."""
         ...

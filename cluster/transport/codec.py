@@ -17,6 +17,7 @@ import functools
 import struct
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +68,7 @@ class Kind(enum.IntEnum):
     CANCEL = 4
     REPLY = 5
     GO = 6
+    ORDER = 7
 
 
 class Placement(enum.IntEnum):
@@ -90,6 +92,7 @@ FORM_BYTES = _FORM.size
 CALL_BYTES = _FORM.size + _IDS.size
 _AT = FORM_BYTES
 _CALL_ID = struct.Struct("<BQ")
+_ORDER = struct.Struct("<B3x2I")
 
 
 class CallForm(NamedTuple):
@@ -285,6 +288,25 @@ def pairs_over(data: Any, num_pairs: int, offset: int) -> Pairs:
 def encode_cancel(call_id: int) -> bytes:
     """Says that a call's answer is no longer wanted."""
     return _CALL_ID.pack(Kind.CANCEL, call_id)
+
+
+def encode_order(layer: int, experts: Sequence[int]) -> bytes:
+    """Says which experts of a layer calls will probably want soon."""
+    return _ORDER.pack(Kind.ORDER, layer, len(experts)) + np.asarray(experts, "<u4").tobytes()
+
+
+def decode_order(frame: bytes | bytearray | memoryview) -> tuple[int, list[int]]:
+    """Layer and experts of an order.
+
+    Raises:
+        InvalidArgument: the length does not fit.
+    """
+    if len(frame) < _ORDER.size:
+        raise InvalidArgument("frame", len(frame), f"an order has at least {_ORDER.size} bytes")
+    _, layer, count = _ORDER.unpack_from(frame)
+    if len(frame) != _ORDER.size + 4 * count:
+        raise InvalidArgument("order", f"{len(frame)} bytes", f"the header says {count} experts")
+    return layer, np.frombuffer(frame, "<u4", count, _ORDER.size).tolist()
 
 
 def encode_go(call_id: int) -> bytes:

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -26,6 +27,7 @@ from cluster.transport.codec import (
     encode_announced_call,
     encode_call,
     encode_cancel,
+    encode_order,
 )
 from cluster.transport.collective import ROUTER_RANK, PayloadPair, connect_store, own_interface
 from cluster.transport.handshake import decode_welcome, encode_hello
@@ -144,6 +146,11 @@ class GrpcTransport:
         pending.fail(DeadlineExceeded(f"call {call_id} to group {self.group} was cancelled"))
         if self._waiting.get(call_id) is pending and self._broken is None:
             self._outbox.put(encode_cancel(call_id))
+
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """See `Transport`."""
+        if self._broken is None:
+            self._outbox.put(encode_order(layer, experts))
 
     def healthy(self) -> bool:
         """See `Transport`."""

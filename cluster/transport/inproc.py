@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from cluster.core import Deadline, GroupId, LayerCall
 from cluster.errors import LinkBroken
@@ -34,6 +35,10 @@ class InprocTransport:
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`."""
         self._handler.cancel(pending)
+
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """See `Transport`."""
+        self._handler.order(layer, experts)
 
     def healthy(self) -> bool:
         """See `Transport`."""

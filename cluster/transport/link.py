@@ -100,6 +100,11 @@ class Link:
             best.cancel(pending)
         self._base.cancel(pending)
 
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """See `Transport`."""
+        best = self._best
+        (self._base if best is None else best).order(layer, experts)
+
     def healthy(self) -> bool:
         """True while anything carries calls."""
         best = self._best

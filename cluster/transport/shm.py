@@ -23,6 +23,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from cluster.transport.codec import (
     encode_cancel,
     encode_go,
     encode_ids,
+    encode_order,
     on_cpu,
 )
 from cluster.transport.handshake import decode_welcome, encode_hello
@@ -253,6 +255,13 @@ class ShmTransport:
             # When the socket is full the group computes the call for nothing.
             with contextlib.suppress(DeadlineExceeded):
                 self._send(encode_cancel(pending.call.call_id), Deadline(0.0))
+
+    def order(self, layer: int, experts: Sequence[int]) -> None:
+        """See `Transport`. Lost when the socket is full, or the order is longer than a packet."""
+        frame = encode_order(layer, experts)
+        if self.broken is None and len(frame) <= FRAME_BYTES:
+            with contextlib.suppress(DeadlineExceeded):
+                self._send(frame, Deadline(0.0))
 
     # -- answers ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bench.cold import Load as ColdLoad
+from cluster.bench.cold import measure as measure_cold
 from cluster.bench.compare import GROUPS, INPROC, Load, measure
 from cluster.bench.peers import environments
 from cluster.bench.peers.environments import prepare
@@ -95,3 +97,16 @@ def test_a_peer_is_installed_once_with_what_its_text_path_needs(
     assert (tmp_path / "vllm" / "requirements.txt").read_text() == "regex"
     assert peer.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
     assert peer.command("m", "fp32", 2)[-4:] == ["vllm", "m", "fp32", "2"]
+
+
+def test_bench_cold_gives_the_same_tokens_with_and_without_prediction(tiny: MakeTiny) -> None:
+    result = measure_cold(
+        tiny("qwen3_moe"), 1, ColdLoad(0.4, rounds=2, streams=2, prompt=6, new=8, seed=5), lambda _: None
+    )
+    assert result["same_tokens"]
+    assert result["resident"]["cold_stalls"] == result["resident"]["loads"] == 0
+    assert result["on_demand"]["cold_stalls"] > 0
+    assert result["on_demand"]["ahead"] == 0
+    assert result["predicted"]["ahead"] + result["predicted"]["late"] > 0
+    assert result["on_demand"]["ttft_p99_ms"] >= result["on_demand"]["ttft_p50_ms"] > 0
+    assert result["budget_bytes"] < result["expert_bytes"][0]

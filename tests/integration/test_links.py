@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import torch
 from cluster.api.router import Router
 from cluster.bench.reference import Reference
 from cluster.bench.verify import Load, ask, compare, link_problems, problems
+from cluster.core import Deadline, Request, SamplingParams, StopParams
+from cluster.engine.events import TokenEvent
 from cluster.errors import ConfigError
 from cluster.experts.group import ExpertGroup
 from cluster.rpc.v1 import control_pb2
@@ -140,3 +143,37 @@ def test_a_transport_that_cannot_be_had_is_refused_with_the_reason(path: Path) -
     with pytest.raises(ConfigError, match=r"nccl.*router and group on CPU.*use auto"):
         with linked_router(path, "nccl", 2):
             pass
+
+
+@pytest.mark.parametrize("transports", ["shm,grpc", "gloo"])
+def test_orders_reach_groups_with_a_budget_over_every_link_and_tokens_stay_the_same(
+    transports: str, tiny: MakeTiny
+) -> None:
+    path = tiny("qwen3_moe")
+    answers = []
+    for memory, predict in (("all", "true"), ("150K", "true"), ("150K", "false")):
+        with linked_router(path, transports, 2, expert_memory=memory, predict_experts=predict) as (router, groups):
+            answers.append(_greedy(router, [7, 8, 9, 10], 24))
+            stats = [group.bank.store.stats for group in groups if group.bank.store is not None]
+            if memory == "all":
+                assert not stats
+            else:
+                assert len(stats) == 2
+                assert all(item.stalls > 0 for item in stats)
+                ahead = sum(item.ahead + item.late for item in stats)
+                assert ahead > 0 if predict == "true" else ahead == 0
+    assert answers[0] == answers[1] == answers[2]
+
+
+def _greedy(router: Router, prompt: list[int], new: int) -> list[int]:
+    events: queue.Queue[TokenEvent] = queue.Queue()
+    request = Request("r", tuple(prompt), SamplingParams(), StopParams(new), Deadline.after(60))
+    router.engine.submit(request, events.put)
+    tokens = []
+    while True:
+        event = events.get(timeout=60)
+        assert event.error is None
+        if event.token is not None:
+            tokens.append(event.token.token)
+        if event.last:
+            return tokens

@@ -270,6 +270,9 @@ class ExpertStoreStatus(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    WASTED_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """Budget, bytes; experts in memory, and that fit."""
     resident: _builtins.int
@@ -285,6 +288,10 @@ class ExpertStoreStatus(_message.Message):
     evictions: _builtins.int
     progress_age_s: _builtins.float
     """Seconds since the loading thread's last progress."""
+    ahead: _builtins.int
+    """Loads that were done before a call asked; experts that were ordered and not there in time; bytes loaded for nothing."""
+    late: _builtins.int
+    wasted_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -299,10 +306,13 @@ class ExpertStoreStatus(_message.Message):
         loaded_bytes: _builtins.int = ...,
         evictions: _builtins.int = ...,
         progress_age_s: _builtins.float = ...,
+        ahead: _builtins.int = ...,
+        late: _builtins.int = ...,
+        wasted_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "capacity", b"capacity", "evictions", b"evictions", "hits", b"hits", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "stalled_s", b"stalled_s", "stalls", b"stalls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "budget_bytes", b"budget_bytes", "capacity", b"capacity", "evictions", b"evictions", "hits", b"hits", "late", b"late", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "stalled_s", b"stalled_s", "stalls", b"stalls", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
