@@ -89,8 +89,6 @@ def test_every_instant_of_a_request_is_in_one_part(seed: int) -> None:
         for name in members:
             if not live[name].inside:
                 live[name].enter(total, now_s)
-        if inside & members:
-            pass  # a step follows the one before at once: the model clock does not tick between them
         for _ in range(rng.randrange(1, 6)):
             spent_s = rng.random() * 0.2
             now_s += spent_s

@@ -86,5 +86,9 @@ def test_logs_are_one_line_each_with_ids_and_without_text(caplog: pytest.LogCapt
 def test_no_text_is_in_spans_unless_asked_for(tmp_path: Path) -> None:
     traces_from(in_store(tmp_path), [record(5)])
     assert "gen_ai.prompt" not in "".join(file.read_text() for file in tmp_path.iterdir())
-    traces = traces_from(in_store(tmp_path / "with"), [record(5, prompt=10)])
-    assert traces
+    item = record(5, answer="what was answered")
+    item.prompt = "what was asked"
+    [trace] = traces_from(in_store(tmp_path / "with"), [item]).values()
+    assert trace.request is not None
+    assert trace.request.attributes["gen_ai.prompt"] == "what was asked"
+    assert trace.request.attributes["gen_ai.completion"] == "what was answered"
