@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -20,10 +19,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api.client import Client
-from cluster.errors import Unavailable
 from cluster.rpc.v1 import inference_pb2 as pb
 from tests.e2e.processes import free_port
-from tests.integration.test_traces import Traced, traced
+from tests.traced import Traced, traced
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OBSERVABILITY = DEPLOY / "observability"
@@ -49,22 +47,8 @@ def exporting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
 
 
 def exercise(system: Traced) -> None:
-    host = system.groups[1].host
-    submit = host.submit
-
-    def refuse(_call: object, _rows: object, pending: Any) -> None:
-        pending.fail(Unavailable("planted"))
-
-    def fault() -> None:
-        time.sleep(0.3)
-        host.submit = refuse  # type: ignore[method-assign, assignment]
-        time.sleep(0.2)
-        host.submit = submit  # type: ignore[method-assign]
-
-    planting = threading.Thread(target=fault)
-    planting.start()
-    system.load(system.mixed(16), 4)
-    planting.join(10)
+    with system.dead_link(after_s=0.3, for_s=0.2):
+        system.load(system.mixed(16), 4)
     with Client(system.door.address) as client:
         message = pb.GenerateRequest(prompt_ids=pb.TokenIds(ids=[5] * 8), max_new_tokens=300, ignore_eos=True)
         stream = client.generate(message)
