@@ -26,6 +26,14 @@ class ExpertId:
     expert: int
 
 
+class Order(NamedTuple):
+    """What a MoE layer's call of a step will want: ``chances[e]`` of each logical expert, 255 for certainly."""
+
+    step_id: int
+    layer: int
+    chances: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Deadline:
     """A point in monotonic time (seconds) by which something must be done. ``at_s`` may be infinite."""
@@ -122,24 +130,28 @@ class LayerCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoreFacts:
-    """How a group whose experts exceed its budget gets on: experts in memory and that fit, and since its start how
-    often one was there when a call came (``hits``), calls that waited (``stalls``), loads and evictions, loads
-    ``ahead`` of calls, orders that came too late, and bytes that were loaded ahead for nothing."""
+    """How a group whose experts exceed its budget gets on: experts in memory and that fit, and since its start loads
+    and evictions, loads ``ahead`` of calls, and of each MoE layer what `cluster.experts.store.LayerStats` counts."""
 
     budget_bytes: int
     resident: int
     capacity: int
-    hits: int = 0
-    stalls: int = 0
+    found: tuple[int, ...] = ()
+    hits: tuple[int, ...] = ()
+    stalls: tuple[int, ...] = ()
+    late: tuple[int, ...] = ()
+    wasted_bytes: tuple[int, ...] = ()
     stalled_s: float = 0.0
     loads: int = 0
     loads_s: float = 0.0
     loaded_bytes: int = 0
     evictions: int = 0
     ahead: int = 0
-    late: int = 0
-    wasted_bytes: int = 0
     progress_age_s: float = 0.0
+    direct: bool = False
+    """Experts are read past the page cache."""
+    gap_s: float = 0.0
+    """What it usually takes from one layer's call to the next one's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,13 +80,13 @@ class Router:
         self.fabric = Fabric(fetch, local_links or self._connector())
         dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
-        if config.predict_experts:
-            self._trunk.prewarm = Prewarm(dispatcher.prewarms, dispatcher.prewarm)
         tokenizer = load_tokenizer(checkpoint.path)
         started.done("weights", time.monotonic())
         self.fabric.start(config.start_timeout_s)
         started.done("links", time.monotonic())
         kv_bytes_per_token = self._warm_up()
+        if config.predict_experts:
+            self._trunk.follow(Prewarm(self.fabric.depth, dispatcher.prewarm))
         started.done("warm_up", time.monotonic())
         self.engine = Engine(
             self._trunk.forward,

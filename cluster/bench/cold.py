@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cluster.api.router import Router
-from cluster.bench.engine import QUIET, Stream, system_of
+from cluster.bench.engine import QUIET, Stream, cores, system_of
 from cluster.config import load_config
 from cluster.core import Deadline, GroupInfo, Request, SamplingParams, StopParams, StoreFacts
 from cluster.errors import InvalidArgument
@@ -41,6 +41,8 @@ class Load:
     prompt: int = 24
     new: int = 24
     seed: int = 0
+    disk: bool = True
+    """Cold is on the disk; otherwise in the page cache."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share < 1.0:
@@ -83,12 +85,12 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
     rng = random.Random(load.seed)
     with ExitStack() as stack:
         progress("starting the resident system")
-        systems = {RESIDENT: _start(stack, model, groups, "all", predict=False)}
+        systems = {RESIDENT: _start(stack, model, groups, "all", load, predict=False)}
         infos = systems[RESIDENT].ask()
         budget = int(load.share * max(info.expert_bytes for info in infos))
         for mode in (ON_DEMAND, PREDICTED):
             progress(f"starting the {mode} system, {budget} bytes a group")
-            systems[mode] = _start(stack, model, groups, str(budget), mode == PREDICTED)
+            systems[mode] = _start(stack, model, groups, str(budget), load, mode == PREDICTED)
         vocab = systems[RESIDENT].router.served.info.vocab_size
         same = True
         for number in range(load.rounds + 1):  # the first is to warm up
@@ -110,20 +112,22 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
         "budget_bytes": budget,
         "expert_bytes": [info.expert_bytes for info in infos],
         "stalls_fewer": stalls[0] / stalls[1] if stalls[1] else None,
-        "cold": "page cache",
+        "cold": "disk" if systems[PREDICTED].before[0].direct else "page cache",
         "requests": load.rounds * load.streams,
         "seed": load.seed,
     }
 
 
-def _start(stack: ExitStack, model: Path, groups: int, memory: str, predict: bool) -> _System:
+def _start(stack: ExitStack, model: Path, groups: int, memory: str, load: Load, predict: bool) -> _System:
     flags = {
         "model": str(model.resolve()),
         "groups": groups,
         "dtype": "fp32",
+        "threads": max(1, cores() // (groups + 1)),
         "packed_experts": "off",
         "expert_memory": memory,
         "predict_experts": predict,
+        "expert_reads": "direct" if load.disk else "mapped",
         "telemetry": QUIET,
         "data_plane": {"secret": "bench"},
     }
@@ -133,9 +137,19 @@ def _start(stack: ExitStack, model: Path, groups: int, memory: str, predict: boo
 
 def _figures(system: _System) -> dict[str, Any]:
     after = system.stores()
+    pairs = list(zip(after, system.before, strict=True))
     told = {
-        name: sum(getattr(now, name) - getattr(then, name) for now, then in zip(after, system.before, strict=True))
-        for name in ("stalls", "hits", "late", "wasted_bytes", "ahead", "loads", "loads_s", "loaded_bytes", "stalled_s")
+        name: sum(getattr(now, name) - getattr(then, name) for now, then in pairs)
+        for name in ("ahead", "loads", "loads_s", "loaded_bytes", "stalled_s")
+    }
+    layers = {
+        name: [
+            sum(of_groups)
+            for of_groups in zip(
+                *(np.subtract(getattr(now, name), getattr(then, name)).tolist() for now, then in pairs), strict=True
+            )
+        ]
+        for name in ("stalls", "found", "hits", "late", "wasted_bytes")
     }
     quantiles = {
         f"{name}_{label}_ms": float(np.quantile(values, q) * 1e3)
@@ -143,5 +157,6 @@ def _figures(system: _System) -> dict[str, Any]:
         for label, q in (("p50", 0.5), ("p99", 0.99))
     }
     bandwidth = told["loaded_bytes"] / told["loads_s"] / 1e6 if told["loads_s"] else None
-    stalls = told.pop("stalls")
-    return {**quantiles, "cold_stalls": stalls, **told, "load_mb_per_s": bandwidth}
+    totals = {name: sum(counts) for name, counts in layers.items()}
+    stalls = totals.pop("stalls")
+    return {**quantiles, "cold_stalls": stalls, **totals, **told, "load_mb_per_s": bandwidth, "by_layer": layers}

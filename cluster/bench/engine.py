@@ -96,6 +96,7 @@ def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str
     settings |= {"expert_dtype": config.expert_dtype, "packed_experts": config.packed_experts}
     settings["data_plane"] = {"secret": config.data_plane.secret}
     settings |= {"telemetry": QUIET, "expert_memory": config.expert_memory}
+    settings |= {"predict_experts": config.predict_experts, "expert_reads": config.expert_reads}
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.bench.engine", _GROUP, str(number), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -117,7 +118,9 @@ def _read_info(process: subprocess.Popen[str]) -> GroupInfo:
         raise InternalError("an expert group's process did not start")
     fields = json.loads(line)
     fields["holdings"] = tuple(tuple(experts) for experts in fields["holdings"])
-    fields["store"] = StoreFacts(**fields["store"]) if fields["store"] is not None else None
+    if fields["store"] is not None:
+        facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["store"].items()}
+        fields["store"] = StoreFacts(**facts)
     return GroupInfo(**fields)
 
 

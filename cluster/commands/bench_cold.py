@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.commands.bench import machine
 from cluster.commands.common import Json, emit, reporting, stdout, stopping
 from cluster.config import EMBEDDED_MODEL
+from cluster.errors import InvalidArgument
 
 
 def cold(
@@ -22,6 +23,9 @@ def cold(
     streams: Annotated[int, typer.Option(help="Prompts at a time.")] = 4,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt; random ones.")] = 24,
     new: Annotated[int, typer.Option(help="New tokens a prompt.")] = 24,
+    cold_is: Annotated[
+        str, typer.Option("--cold", help="disk: experts are read past the page cache; cache: from it.")
+    ] = "disk",
     seed: Annotated[int | None, typer.Option(help="Of the prompts; a fresh one by default.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -31,8 +35,11 @@ def cold(
     """
     from cluster.bench import cold as benchmark
 
+    if cold_is not in ("disk", "cache"):
+        raise InvalidArgument("--cold", cold_is, "must be disk or cache")
+    on_disk = cold_is == "disk"
     number = secrets.randbits(31) if seed is None else seed
-    load = benchmark.Load(budget, rounds, streams, prompt, new, number)
+    load = benchmark.Load(budget, rounds, streams, prompt, new, number, on_disk)
     with stopping(), reporting() as progress:
         result = benchmark.measure(model, groups, load, progress)
     result["machine"] = machine()

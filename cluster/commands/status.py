@@ -118,7 +118,10 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
             store = group.store
             stdout.print(
                 f"  experts: {store.resident} in memory, {store.capacity} fit {store.budget_bytes / mib:.0f} MiB; "
-                f"{store.loads} loads ({store.loads_s:.1f} s), {store.stalls} calls waited {store.stalled_s:.1f} s",
+                f"{store.loads} loads ({store.loads_s:.1f} s), "
+                f"{sum(store.stalls)} calls waited {store.stalled_s:.1f} s; "
+                f"{store.ahead} loaded ahead, of those {sum(store.hits)} in time for a call, "
+                f"{sum(store.wasted_bytes) / mib:.0f} MiB for nothing",
                 markup=False,
             )
     numa = [("router", reply.router), *((f"group {g.group}", g.process) for g in reply.groups)]

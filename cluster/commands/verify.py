@@ -103,7 +103,7 @@ def verify(
                 **checks.compare(oracles[path], answers, load.tokens),
                 "expert_dtype": status.expert_dtype or status.dtype,
                 "expert_bytes": [group.expert_bytes for group in status.groups],
-                "cold_stalls": sum(group.store.stalls for group in status.groups),
+                "cold_stalls": sum(sum(group.store.stalls) for group in status.groups),
                 "anonymous_bytes": [group.process.anonymous_bytes for group in status.groups],
                 "preemptions": status.engine.preemptions,
                 "prefix_hit_tokens": status.engine.prefix_hit_tokens,

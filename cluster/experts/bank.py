@@ -24,7 +24,11 @@ from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES
 from cluster.weights.kernels import KernelTable
 from cluster.weights.mapping import WeightMap
+from cluster.weights.reader import ExpertReader, Target
 from cluster.weights.skeleton import MoeLayer
+
+LOADING_THREADS = 4
+"""Where threads are not counted out, as beside a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,10 @@ class Compute:
     packed: bool = False
     memory_bytes: int = 0
     """Budget for experts in memory; 0: all of them."""
+    predicts: bool = True
+    """Where they do not all fit, some are loaded before a call names them."""
+    direct: bool = False
+    """Where they do not all fit, they are read past the page cache."""
 
     @property
     def exact(self) -> bool:
@@ -67,9 +75,14 @@ class ExpertBank:
     """
 
     def __init__(
-        self, group: GroupId, layers: Sequence[_LayerBank], how: Compute, store: ExpertStore | None = None
+        self,
+        group: GroupId,
+        layers: Sequence[_LayerBank],
+        how: Compute,
+        store: ExpertStore | None = None,
+        reader: ExpertReader | None = None,
     ) -> None:
-        self.group, self._layers, self.how, self.store = group, list(layers), how, store
+        self.group, self._layers, self.how, self.store, self._reader = group, list(layers), how, store, reader
         self.dtype, self.device = how.dtype, how.device
         self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
         self.holdings = tuple(tuple(np.flatnonzero(layer.slot_of_E >= 0).tolist()) for layer in self._layers)
@@ -98,8 +111,9 @@ class ExpertBank:
         needed = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
         if how.memory_bytes and needed > how.memory_bytes:
             return _stored(group, weights, holdings, how, notes or LoadNotes())
+        reader = ExpertReader(weights, _stored_dtype(how))
         for layer, experts in zip(moe_layers, holdings, strict=True):
-            banks.append(_load_layer(weights, layer, list(experts), how))
+            banks.append(_load_layer(reader, layer, list(experts), how))
             if progress is not None:
                 progress(len(banks), len(moe_layers))
         return cls(group, banks, how)
@@ -108,6 +122,10 @@ class ExpertBank:
     def num_bytes(self) -> int:
         """Bytes of all weights in memory, second copies included."""
         return self.store.num_bytes if self.store is not None else sum(item.experts.num_bytes for item in self._layers)
+
+    def reads_direct(self) -> bool:
+        """Experts that are not in memory are read past the page cache."""
+        return self._reader is not None and self._reader.is_direct
 
     @torch.inference_mode()
     def compute(self, layer: int, rows: LayerRows) -> torch.Tensor:
@@ -132,11 +150,11 @@ class ExpertBank:
         slot_P = self._slots(bank, layer, rows_P, experts_P, hidden_TH.shape[0])
         if self.store is None:
             return self._add(bank, partial_TH, hidden_TH, rows_P, weight_P, slot_P)
-        for wave in self.store.waves(layer, np.unique(experts_P).tolist()):
-            pairs = np.flatnonzero(np.isin(experts_P, wave))
-            with self.store.pinned(layer, wave) as slots:
-                slot_P = np.array([slots[expert] for expert in experts_P[pairs].tolist()], np.int64)
-                self._add(bank, partial_TH, hidden_TH, rows_P[pairs], weight_P[pairs], slot_P)
+        waves = self.store.waves(layer, np.flatnonzero(np.bincount(experts_P)))
+        for wave_A in waves:
+            pairs = slice(None) if len(waves) == 1 else np.flatnonzero(np.isin(experts_P, wave_A))
+            with self.store.pinned(layer, wave_A) as slot_E:
+                self._add(bank, partial_TH, hidden_TH, rows_P[pairs], weight_P[pairs], slot_E[experts_P[pairs]])
         return partial_TH
 
     def _add(
@@ -213,10 +231,12 @@ def _stored(
         raise ConfigError("expert_memory: a budget is for experts in the served dtype, on CPUs")
     shapes = [{key: tuple(p.shape[1:]) for key, p in layer.module.named_parameters()} for layer in layers]
 
-    def read(layer: int, expert: int) -> dict[str, torch.Tensor]:
-        return weights.read_experts(layers[layer], [expert], how.dtype)
+    reader = ExpertReader(weights, how.dtype, how.direct)
 
-    store = ExpertStore(read, shapes, holdings, how.memory_bytes, how.dtype, notes)
+    def fill(layer: int, expert: int, target: Target) -> None:
+        reader.fill(layers[layer], expert, target)
+
+    store = ExpertStore(fill, shapes, holdings, how.memory_bytes, how.dtype, notes, how.predicts)
     banks = []
     for layer, experts in zip(layers, holdings, strict=True):
         slot_of_E = np.full(layer.num_experts, -1, np.int64)
@@ -224,18 +244,20 @@ def _stored(
         pool = store.pool(layer.layer)
         dense = DenseExperts(layer.module, pool.tensors, how.table, packed=False)
         banks.append(_LayerBank(slot_of_E, dense, max(1, pool.slots)))
-    return ExpertBank(group, banks, how, store)
+    return ExpertBank(group, banks, how, store, reader)
 
 
-def _load_layer(weights: WeightMap, layer: MoeLayer, experts: list[int], how: Compute) -> _LayerBank:
+def _stored_dtype(how: Compute) -> torch.dtype:
+    """Weights are read in this one; quantised ones are made from it."""
+    return how.dtype if how.exact or how.expert_dtype == "fp32" else torch.float32
+
+
+def _load_layer(reader: ExpertReader, layer: MoeLayer, experts: list[int], how: Compute) -> _LayerBank:
     slot_of_E = np.full(layer.num_experts, -1, np.int64)
     slot_of_E[experts] = np.arange(len(experts))
     kind = "auto" if how.exact else how.expert_dtype
-    read_dtype = how.dtype if kind in ("auto", "fp32") else torch.float32
-    if experts:
-        tensors = {k: v.to(how.device) for k, v in weights.read_experts(layer, experts, read_dtype).items()}
-    else:
-        tensors = {k: torch.empty((0, *p.shape[1:]), dtype=read_dtype) for k, p in layer.module.named_parameters()}
+    threads = how.threads if how.device.type == "cpu" else LOADING_THREADS
+    tensors = {k: v.to(how.device) for k, v in reader.read(layer, experts, max(1, threads)).items()}
     if kind == "auto":
         dense: LayerExperts = DenseExperts(layer.module, tensors, how.table, how.packed)
         return _LayerBank(slot_of_E, dense, max(1, len(experts)))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Sequence
 
 import torch
 
 from cluster.config import Config
-from cluster.core import GroupId, GroupInfo, LayerCall, StoreFacts
+from cluster.core import GroupId, GroupInfo, LayerCall, Order, StoreFacts
 from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.faults import LinkDropper, with_faults
 from cluster.experts.host import ExpertHost, InlineHost
@@ -108,11 +107,9 @@ class ExpertGroup:
         if self.telemetry is not None:
             self.telemetry.layer_call(call, started_s, ended_s, reply.queue_s, reply.load_s, reply.partial_TH.shape[0])
 
-    def _order(self, layer: int, experts: Sequence[int]) -> None:
-        store, held = self.bank.store, self.bank.holdings
-        if store is not None and 0 <= layer < len(held):
-            mine = set(held[layer])
-            store.order(layer, [expert for expert in experts if expert in mine])
+    def _order(self, order: Order) -> None:
+        if self.bank.store is not None:
+            self.bank.store.order(order)
 
     def _drop_links(self) -> None:
         for server in (self.server, self.shm_server):
@@ -172,17 +169,20 @@ class ExpertGroup:
             budget_bytes=self.bank.how.memory_bytes,
             resident=store.num_resident(),
             capacity=store.capacity(),
-            hits=stats.hits,
-            stalls=stats.stalls,
+            found=tuple(layer.found for layer in store.layers),
+            hits=tuple(layer.hits for layer in store.layers),
+            stalls=tuple(layer.stalls for layer in store.layers),
+            late=tuple(layer.late for layer in store.layers),
+            wasted_bytes=tuple(layer.wasted_bytes for layer in store.layers),
             stalled_s=stats.stalled_s,
             loads=stats.loads,
             loads_s=stats.loads_s,
             loaded_bytes=stats.loaded_bytes,
             evictions=stats.evictions,
             ahead=stats.ahead,
-            late=stats.late,
-            wasted_bytes=stats.wasted_bytes,
             progress_age_s=store.progress_age_s(),
+            direct=self.bank.reads_direct(),
+            gap_s=store.residency.gap_s(),
         )
 
     def close(self) -> None:
@@ -209,7 +209,17 @@ def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, thr
         finally:
             torch.set_num_threads(before)
     packed = config.packed_experts == "on"
-    return Compute(dtype, device, config.expert_dtype, threads, table, packed, config.memory_bytes())
+    return Compute(
+        dtype,
+        device,
+        config.expert_dtype,
+        threads,
+        table,
+        packed,
+        config.memory_bytes(),
+        config.predict_experts,
+        config.expert_reads == "direct",
+    )
 
 
 def own_gpu(wanted: str) -> str | None:

@@ -14,11 +14,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from cluster.core import Clock, LayerCall
+from cluster.core import Clock, LayerCall, Order
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded, Unavailable
 from cluster.experts.loads import LoadNotes
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
-OnOrder = Callable[[int, Sequence[int]], None]
-"""(MoE layer, experts that calls will probably want)."""
+OnOrder = Callable[[Order], None]
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
 MAX_ROUNDS = 64
 """Looks at the sockets before the next call is computed, whatever still comes in."""
@@ -54,6 +53,7 @@ class ExpertHost:
         on_order: OnOrder | None = None,
     ) -> None:
         self._on_order = on_order
+        self._steps: dict[int, int] = {}  # the step whose call a layer had last
         self._compute, self._clock, self._max_bytes = compute, clock, max_queued_bytes
         self._notes, self._observe = notes or LoadNotes(), observe
         self._heap: list[tuple[int, int, float, LayerCall, LayerRows, PendingReply]] = []
@@ -77,6 +77,7 @@ class ExpertHost:
         size = rows.hidden_TH.nbytes
         error: ExpertMeshError | None = None
         asleep = False
+        self._steps[call.layer] = call.step_id
         with self._lock:
             if self._closed:
                 error = Unavailable("the group is shutting down")
@@ -96,10 +97,11 @@ class ExpertHost:
         """The call is skipped if it is still queued."""
         pending.fail(DeadlineExceeded("the call was cancelled"))
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
-        """Calls will probably want these experts soon; nothing where all of them are in memory."""
-        if self._on_order is not None:
-            self._on_order(layer, experts)
+    def order(self, order: Order) -> None:
+        """Calls will probably want these experts soon; nothing where all of them are in memory, or where the call that
+        it was meant for came first."""
+        if self._on_order is not None and self._steps.get(order.layer) != order.step_id:
+            self._on_order(order)
 
     def watch(self, fd: int, ready: Callable[[int], None]) -> None:
         """From now on ``ready(epoll events)`` is called in the compute thread when ``fd`` can be read. It must not
@@ -245,10 +247,10 @@ class InlineHost:
     def cancel(self, pending: PendingReply) -> None:
         """Every call has been answered already."""
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
+    def order(self, order: Order) -> None:
         """As `ExpertHost.order`."""
         if self._on_order is not None:
-            self._on_order(layer, experts)
+            self._on_order(order)
 
     def progress_age_s(self) -> float:
         """Seconds since the call in progress began; 0 when there is none."""

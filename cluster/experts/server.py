@@ -106,21 +106,23 @@ class _Stream:
             return exc
         return _TAKEN
 
-    def take(self, frame: bytes) -> None:
+    def take(self, frame: bytes | memoryview) -> None:
         """One frame of the router.
 
         Raises:
             LinkBroken: the payload that it announces did not come.
             InvalidArgument: it is neither call nor cancellation, or so damaged that not even its id is known.
         """
+        while frame and frame[0] == _ORDER:
+            order, frame = decode_order(frame)
+            self._handler.order(order)
+            if not frame:
+                return
         kind = frame[0] if frame else 0
         if kind == _CANCEL:
             cancelled = self.calls.get(decode_call_id(frame))
             if cancelled is not None:
                 self._handler.cancel(cancelled)
-            return
-        if kind == _ORDER:
-            self._handler.order(*decode_order(frame))
             return
         if kind != _CALL:
             raise LinkBroken("a frame that is neither a call nor a cancellation")
@@ -128,7 +130,7 @@ class _Stream:
             if self.payload is None:
                 call, rows = decode_call(frame)
             else:
-                form = decode_form(frame[:FORM_BYTES])
+                form = decode_form(bytes(frame[:FORM_BYTES]))
                 call, num_pairs = decode_ids(frame)
                 hidden_TH = self.payload.receive(form.dtype, (form.num_tokens, form.hidden_size))
                 rows = LayerRows(hidden_TH, decode_announced(frame, num_pairs))

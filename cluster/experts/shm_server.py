@@ -213,7 +213,13 @@ class _Peer:
             self.drop()
             return
         frame = self._view[:size]
+        kind = 0
         try:
+            while frame and frame[0] == _ORDER:
+                order, frame = decode_order(frame)
+                self._host.order(order)
+                if not frame:
+                    return
             kind = frame[0]
             if kind == _CALL:
                 self._take(frame)
@@ -221,8 +227,6 @@ class _Peer:
                 ready = self._ahead.pop(decode_call_id(frame), None)
                 if ready is not None:
                     self._host.submit(*ready)
-            elif kind == _ORDER:
-                self._host.order(*decode_order(frame))
             elif kind == _CANCEL:
                 cancelled = self.calls.get(decode_call_id(frame))
                 if cancelled is not None:

@@ -33,10 +33,11 @@ on their way) -> fp32 [T, H]."""
 
 @dataclass(frozen=True, slots=True)
 class Prewarm:
-    """``wanted()``: somebody would gain by it; ``order(layer, index [T, K])`` tells them."""
+    """``depth()``: how many layers ahead somebody wants to be told, 0 for not at all; ``order(step, layer, ...)`` tells
+    them what a `Choice` says."""
 
-    wanted: Callable[[], bool]
-    order: Callable[[int, torch.Tensor], None]
+    depth: Callable[[], int]
+    order: Callable[[StepContext, int, torch.Tensor, int], None]
 
 
 class Trunk:
@@ -62,9 +63,8 @@ class Trunk:
         takes = inspect.signature(self.model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in takes
         self._layers = Layers()
-        self.gates = Gates(self.model, [(item.module, item.num_experts) for item in skeleton.moe_layers])
-        self.prewarm: Prewarm | None = None
-        """Told of experts that the next layer will probably want, while groups compute; set by whoever can."""
+        self.gates = Gates(self.model, skeleton.moe_layers)
+        self._prewarm: Prewarm | None = None
         self._seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
         self.store = KvStore(1, 1)
         """Where keys and values go; to be replaced before the first step."""
@@ -100,23 +100,39 @@ class Trunk:
             step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
             if self._seen is not None:
                 self._seen(layer, hidden_TH, index_TK)
+            if self._prewarm is not None:
+                self._look_ahead(step, layer, hidden_TH)
             meanwhile = None if ahead is None else partial(ahead.run, hidden_TH)
-            if self.prewarm is not None and self.prewarm.wanted():
-                meanwhile = partial(self._look_ahead, layer + 1, hidden_TH, meanwhile)
             output_TH = self._dispatch(step, layer, hidden_TH, index_TK, weight_TK, meanwhile)
             self._mark_s = self._clock()
             return output_TH.to(hidden_TH.dtype)
 
         return call
 
-    def _look_ahead(self, layer: int, hidden_TH: torch.Tensor, meanwhile: Meanwhile) -> None:
-        """Orders the next layer's experts, then does what else there is to do while the groups compute."""
-        assert self.prewarm is not None
-        index_TK = self.gates.choose(layer, hidden_TH)
-        if index_TK is not None:
-            self.prewarm.order(layer, index_TK)
-        if meanwhile is not None:
-            meanwhile()
+    def _look_ahead(self, step: StepContext, layer: int, hidden_TH: torch.Tensor) -> None:
+        """Orders the next layers' experts. It is done before the call, with which the orders travel."""
+        assert self._prewarm is not None
+        residual = self.gates.take_residual()
+        for ahead in range(layer + 1, layer + 1 + self._prewarm.depth()):
+            if residual is None:
+                choice = self.gates.choose(ahead, hidden_TH)
+            else:
+                choice = self.gates.foresee(ahead, residual)
+            if choice is not None:
+                self._prewarm.order(step, ahead, *choice)
+
+    def _begin(self, hidden: torch.Tensor) -> None:
+        """Orders the first MoE layer's experts as a step begins, from the tokens' embeddings."""
+        if self._step is not None and self._prewarm is not None and self._prewarm.depth():
+            choice = self.gates.foresee(0, hidden)
+            if choice is not None:
+                self._prewarm.order(self._step, 0, *choice)
+
+    def follow(self, prewarm: Prewarm) -> None:
+        """From now on ``prewarm`` is told, as layers are called, of experts that the next layers will probably want.
+        Layers whose gates `learn_gates` did not find are left out."""
+        self._prewarm = prewarm
+        self.gates.follow(self._begin)
 
     def learn_gates(self, chunks: Sequence[Chunk], step: StepContext) -> None:
         """One step in which the gates of all layers are found."""

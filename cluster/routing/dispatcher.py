@@ -7,7 +7,6 @@ step's patience is over; the result is the same, since expert calls are pure fun
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cluster.core import Clock, Deadline, GroupId, LayerCall, Priority
+from cluster.core import Clock, Deadline, GroupId, LayerCall, Order, Priority
 from cluster.errors import (
     DeadlineExceeded,
     ExpertMeshError,
@@ -28,6 +27,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.routing.fabric import Fabric
+from cluster.routing.prediction import chances
 from cluster.routing.split import Floats, Ints, Part, add_rows, split
 from cluster.telemetry.account import StepEvent
 from cluster.telemetry.critical import Answer, account
@@ -183,22 +183,12 @@ class Dispatcher:
             failed=bool(part.failed),
         )
 
-    def prewarms(self) -> bool:
-        """Some group would gain by being told what comes next."""
-        return bool(self._fabric.stores)
-
-    def prewarm(self, layer: int, index_TK: torch.Tensor) -> None:
-        """Tells the groups which experts of a layer will probably be called, the most wanted first."""
-        _, owner_E = self._fabric.owners(layer)
-        experts, counts = np.unique(index_TK.reshape(-1).cpu().numpy(), return_counts=True)
-        wanted = experts[np.argsort(-counts, kind="stable")]
-        owners = owner_E[wanted]
-        for group in self._fabric.stores:
-            mine = wanted[owners == group]
-            if mine.size:
-                # A group that cannot be reached is seen by the next call, which has a way around it.
-                with contextlib.suppress(ExpertMeshError):
-                    self._fabric.link(group).order(layer, mine.tolist())
+    def prewarm(self, step: StepContext, layer: int, index_TN: torch.Tensor, count: int) -> None:
+        """Tells the groups which experts of a layer will probably be called: those that the gate chose from the hidden
+        state of now, and those that it nearly chose."""
+        order = Order(step.step_id, layer, chances(index_TN, count, self._fabric.num_experts(layer)))
+        for link in self._fabric.store_links():
+            link.order(order, at_once=layer == 0)  # no call comes before that one
 
     # -- sending -------------------------------------------------------------------------------------
 

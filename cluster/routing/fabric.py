@@ -15,6 +15,7 @@ import numpy as np
 
 from cluster.core import Clock, Deadline, GroupId, GroupInfo, Membership, PlacementTable
 from cluster.errors import ExpertMeshError, LinkBroken, Unavailable
+from cluster.routing.prediction import look_ahead
 from cluster.transport.base import Transport
 from cluster.transport.link import Link, LinkStatus
 
@@ -43,6 +44,7 @@ class Fabric:
         self._owner_LE: list[Owners] = []
         self._last_owner_LE: list[Owners] = []
         self._stores: frozenset[GroupId] = frozenset()
+        self._depth = 0
         self._reconnects: dict[GroupId, int] = {}
         self._progress_s = clock()
         self._stop = threading.Event()
@@ -93,7 +95,8 @@ class Fabric:
                     np.where(now >= 0, now, then) for now, then in zip(self._owner_LE, known, strict=True)
                 ]
             self._membership = membership
-            self._stores = frozenset(info.group for info in membership.groups.values() if info.store is not None)
+            stores = {info.group: info.store for info in membership.groups.values() if info.store is not None}
+            self._stores, self._depth = frozenset(stores), look_ahead(stores.values())
             for group in [g for g in self._links if self._stale(g)]:
                 self._drop(group)
 
@@ -129,10 +132,18 @@ class Fabric:
         with self._lock:
             return self._membership.table, self._owner_LE[layer]
 
-    @property
-    def stores(self) -> frozenset[GroupId]:
-        """Groups that load experts when they are called for."""
-        return self._stores
+    def num_experts(self, layer: int) -> int:
+        """Logical experts of a layer."""
+        return len(self._owner_LE[layer])
+
+    def store_links(self) -> list[Transport]:
+        """Links that are up to groups that load experts when they are called for."""
+        with self._lock:
+            return [self._links[group] for group in self._stores if group in self._links]
+
+    def depth(self) -> int:
+        """How many layers ahead of their calls groups want to know what comes; 0 where all have everything at hand."""
+        return self._depth
 
     def last_owner(self, layer: int, expert: int) -> GroupId:
         """The group that holds an expert, or held it last; 0 if nobody ever did."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from cluster.core import Clock, Deadline, GroupId, LayerCall
+from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
 from cluster.errors import DeadlineExceeded, ExpertMeshError
 
 Pairs = np.ndarray[Any, np.dtype[np.int32]]
@@ -184,8 +183,9 @@ class Transport(Protocol):
         """Says that the reply is no longer wanted. Never raises. A call of another link only fails."""
         ...
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
-        """Says which experts of a layer calls will probably want soon. A hint: never waits or raises, may be lost."""
+    def order(self, order: Order, at_once: bool = False) -> None:
+        """Says which experts of a layer calls will probably want soon: in front of the next call, or at once. A hint:
+        never waits or raises, may be lost. To be called by the thread that submits calls."""
         ...
 
     def healthy(self) -> bool:
@@ -208,6 +208,6 @@ class CallHandler(Protocol):
         """Drops the call if it has not been computed yet."""
         ...
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
+    def order(self, order: Order) -> None:
         """Calls will probably want these experts soon. Never blocks, never raises."""
         ...

@@ -17,13 +17,12 @@ import functools
 import struct
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cluster.core import LayerCall, Priority
+from cluster.core import LayerCall, Order, Priority
 from cluster.errors import (
     InvalidArgument,
 )
@@ -92,7 +91,7 @@ FORM_BYTES = _FORM.size
 CALL_BYTES = _FORM.size + _IDS.size
 _AT = FORM_BYTES
 _CALL_ID = struct.Struct("<BQ")
-_ORDER = struct.Struct("<B3x2I")
+_ORDER = struct.Struct("<B3x2IQ")
 
 
 class CallForm(NamedTuple):
@@ -176,14 +175,14 @@ def encode_ids(call: LayerCall, num_pairs: int) -> bytes:
     return _IDS.pack(num_pairs, *call[:7], traceparent.encode("ascii") if traceparent else b"")
 
 
-def encode_call(call: LayerCall, rows: LayerRows) -> bytes:
-    """A whole call in one frame (one copy of the payload)."""
+def encode_call(call: LayerCall, rows: LayerRows, before: bytes = b"") -> bytes:
+    """A whole call in one frame (one copy of the payload), behind ``before``."""
     hidden_TH, pairs_3P = on_cpu(rows.hidden_TH), rows.pairs_3P
     num_bytes = hidden_TH.nbytes
     pairs_offset = aligned(num_bytes)
     form = encode_form(hidden_TH.dtype, _shape(hidden_TH), Placement.INLINE, 0, pairs_offset)
     padding = b"\0" * (pairs_offset - num_bytes)
-    return b"".join((form, encode_ids(call, pairs_3P.shape[1]), as_bytes(hidden_TH), padding, pairs_3P.data))
+    return b"".join((before, form, encode_ids(call, pairs_3P.shape[1]), as_bytes(hidden_TH), padding, pairs_3P.data))
 
 
 def encode_announced_call(call: LayerCall, rows: LayerRows) -> bytes:
@@ -244,13 +243,13 @@ _PRIORITIES = {int(priority): priority for priority in Priority}
 PLACEMENTS = {int(placement): placement for placement in Placement}
 
 
-def decode_call(frame: bytes) -> tuple[LayerCall, LayerRows]:
+def decode_call(frame: bytes | memoryview) -> tuple[LayerCall, LayerRows]:
     """A call that is whole in its frame. The rows are views of ``frame``.
 
     Raises:
         InvalidArgument: as `decode_form` and `decode_ids`, or the length does not fit.
     """
-    form = decode_form(frame[:FORM_BYTES])
+    form = decode_form(bytes(frame[:FORM_BYTES]))
     call, num_pairs = decode_ids(frame)
     in_order = form.rows_offset == 0 and form.pairs_offset == aligned(form.rows_bytes)
     if form.placement is not Placement.INLINE or not in_order:
@@ -260,7 +259,7 @@ def decode_call(frame: bytes) -> tuple[LayerCall, LayerRows]:
     return call, LayerRows(rows_over(form, frame, CALL_BYTES), pairs_over(frame, num_pairs, pairs_at))
 
 
-def decode_announced(frame: bytes, num_pairs: int) -> Pairs:
+def decode_announced(frame: bytes | memoryview, num_pairs: int) -> Pairs:
     """The pairs of a call whose rows come another way.
 
     Raises:
@@ -275,7 +274,7 @@ def rows_over(form: CallForm, data: Any, start: int = 0) -> torch.Tensor:
     return tensor_at(data, form.dtype, (form.num_tokens, form.hidden_size), start + form.rows_offset)
 
 
-def check_length(frame: bytes, expected: int) -> None:
+def check_length(frame: bytes | memoryview, expected: int) -> None:
     if len(frame) != expected:
         raise InvalidArgument("payload", f"{len(frame)} bytes in all", f"the header says {expected} bytes")
 
@@ -290,23 +289,24 @@ def encode_cancel(call_id: int) -> bytes:
     return _CALL_ID.pack(Kind.CANCEL, call_id)
 
 
-def encode_order(layer: int, experts: Sequence[int]) -> bytes:
+def encode_order(order: Order) -> bytes:
     """Says which experts of a layer calls will probably want soon."""
-    return _ORDER.pack(Kind.ORDER, layer, len(experts)) + np.asarray(experts, "<u4").tobytes()
+    return _ORDER.pack(Kind.ORDER, order.layer, len(order.chances), order.step_id) + order.chances
 
 
-def decode_order(frame: bytes | bytearray | memoryview) -> tuple[int, list[int]]:
-    """Layer and experts of an order.
+def decode_order(frame: bytes | memoryview) -> tuple[Order, memoryview]:
+    """What `encode_order` was given, and what comes behind it: nothing, or another frame.
 
     Raises:
         InvalidArgument: the length does not fit.
     """
     if len(frame) < _ORDER.size:
         raise InvalidArgument("frame", len(frame), f"an order has at least {_ORDER.size} bytes")
-    _, layer, count = _ORDER.unpack_from(frame)
-    if len(frame) != _ORDER.size + 4 * count:
+    _, layer, count, step_id = _ORDER.unpack_from(frame)
+    size = _ORDER.size + count
+    if len(frame) < size:
         raise InvalidArgument("order", f"{len(frame)} bytes", f"the header says {count} experts")
-    return layer, np.frombuffer(frame, "<u4", count, _ORDER.size).tolist()
+    return Order(step_id, layer, bytes(frame[_ORDER.size : size])), memoryview(frame)[size:]
 
 
 def encode_go(call_id: int) -> bytes:

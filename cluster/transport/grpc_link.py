@@ -9,13 +9,12 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import torch
 
-from cluster.core import Deadline, GroupId, LayerCall
+from cluster.core import Deadline, GroupId, LayerCall, Order
 from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, LinkRefused
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
@@ -31,6 +30,7 @@ from cluster.transport.codec import (
 )
 from cluster.transport.collective import ROUTER_RANK, PayloadPair, connect_store, own_interface
 from cluster.transport.handshake import decode_welcome, encode_hello
+from cluster.transport.orders import WaitingOrders
 from cluster.transport.replies import (
     decode_reply_head,
     decode_times,
@@ -84,6 +84,7 @@ class GrpcTransport:
         self.group, self.address, self.kind = group, address, payload or "grpc"
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._order = threading.Lock()
+        self._orders = WaitingOrders()
         self._waiting: dict[int, _ShapedReply] = {}
         self._broken: ExpertMeshError | None = None
         self._welcomed = threading.Event()
@@ -131,9 +132,9 @@ class GrpcTransport:
             self._waiting.pop(call.call_id, None)
             raise LinkBroken(str(self._broken))
         if self._payload is None:
-            self._outbox.put(encode_call(call, rows))
+            self._outbox.put(encode_call(call, rows, self._orders.take(call)))
         else:
-            frame = encode_announced_call(call, rows)
+            frame = self._orders.take(call) + encode_announced_call(call, rows)
             with self._order:  # payloads go in the order of their announcements
                 self._outbox.put(frame)
                 self._payload.send(rows.hidden_TH)
@@ -147,10 +148,12 @@ class GrpcTransport:
         if self._waiting.get(call_id) is pending and self._broken is None:
             self._outbox.put(encode_cancel(call_id))
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
+    def order(self, order: Order, at_once: bool = False) -> None:
         """See `Transport`."""
-        if self._broken is None:
-            self._outbox.put(encode_order(layer, experts))
+        if not at_once:
+            self._orders.add(order)
+        elif self._broken is None:
+            self._outbox.put(encode_order(order))
 
     def healthy(self) -> bool:
         """See `Transport`."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
-from cluster.core import Deadline, GroupId, LayerCall
+from cluster.core import Deadline, GroupId, LayerCall, Order
 from cluster.errors import LinkBroken
 from cluster.transport.base import CallHandler, LayerRows, PendingReply
 
@@ -36,9 +35,9 @@ class InprocTransport:
         """See `Transport`."""
         self._handler.cancel(pending)
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
-        """See `Transport`."""
-        self._handler.order(layer, experts)
+    def order(self, order: Order, at_once: bool = False) -> None:
+        """See `Transport`. Always at once: there is no message to save."""
+        self._handler.order(order)
 
     def healthy(self) -> bool:
         """See `Transport`."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.core import Clock, Deadline, GroupId, LayerCall
+from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
 from cluster.errors import ExpertMeshError, LinkBroken
 from cluster.transport.base import LayerRows, PendingReply, Transport
 from cluster.transport.choice import BASE, Candidate, explain
@@ -100,10 +100,10 @@ class Link:
             best.cancel(pending)
         self._base.cancel(pending)
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
+    def order(self, order: Order, at_once: bool = False) -> None:
         """See `Transport`."""
         best = self._best
-        (self._base if best is None else best).order(layer, experts)
+        (self._base if best is None else best).order(order, at_once)
 
     def healthy(self) -> bool:
         """True while anything carries calls."""

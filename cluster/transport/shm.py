@@ -23,13 +23,12 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cluster.core import Clock, Deadline, GroupId, LayerCall
+from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, LinkBroken, LinkRefused
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.arena import LeasedMemory
@@ -44,6 +43,7 @@ from cluster.transport.codec import (
     on_cpu,
 )
 from cluster.transport.handshake import decode_welcome, encode_hello
+from cluster.transport.orders import WaitingOrders
 from cluster.transport.replies import (
     decode_reply_head,
     decode_times,
@@ -118,6 +118,7 @@ class ShmTransport:
         self._reader = threading.Lock()  # held by whoever reads the socket
         self._turn = threading.Condition()
         self._num_followers = 0
+        self._orders = WaitingOrders()
         self._frame = bytearray(FRAME_BYTES)
         self._view = memoryview(self._frame)
         fd = os.memfd_create(f"expertmesh-link-{group}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -180,7 +181,7 @@ class ShmTransport:
             slot = self._memory.home(kind).pop()
         except IndexError:
             slot = self._new_slot(kind, deadline)
-        header = slot.form + encode_ids(call, num_pairs)
+        header = self._orders.take(call) + slot.form + encode_ids(call, num_pairs)
         try:
             if slot.ahead:
                 # The group wakes up and reads the header while the rows are copied; it cannot answer before the go.
@@ -256,9 +257,12 @@ class ShmTransport:
             with contextlib.suppress(DeadlineExceeded):
                 self._send(encode_cancel(pending.call.call_id), Deadline(0.0))
 
-    def order(self, layer: int, experts: Sequence[int]) -> None:
+    def order(self, order: Order, at_once: bool = False) -> None:
         """See `Transport`. Lost when the socket is full, or the order is longer than a packet."""
-        frame = encode_order(layer, experts)
+        if not at_once:
+            self._orders.add(order)
+            return
+        frame = encode_order(order)
         if self.broken is None and len(frame) <= FRAME_BYTES:
             with contextlib.suppress(DeadlineExceeded):
                 self._send(frame, Deadline(0.0))

@@ -59,6 +59,7 @@ class Checkpoint:
         self.fp8_block = self._fp8_block()
         self.config = self._load_config()
         self._handles: dict[str, Any] = {}
+        self._views: dict[str, torch.Tensor] = {}
         self.tensors = self._index()
 
     # -- opening -------------------------------------------------------------------------------------------------
@@ -202,6 +203,19 @@ class Checkpoint:
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         return tensor
+
+    def view(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor | None:
+        """The stored values where the file is mapped; None where they must be dequantised or picked.
+
+        Reading it faults pages in from the disk where the system has not got them.
+        """
+        entry = self.tensors[name]
+        if entry.dtype.startswith("F8") or (rows is not None and len(rows) != 1):
+            return None
+        tensor = self._views.get(name)
+        if tensor is None:
+            tensor = self._views[name] = self._open(entry.file).get_tensor(name)
+        return tensor if rows is None else tensor[rows[0]]
 
     def _raw(self, name: str, rows: Sequence[int] | None) -> torch.Tensor:
         """An own copy of the stored bytes: a view of the mapped file would fault in pages during the first request."""

@@ -154,7 +154,7 @@ class FastNorm:
     """Stands in for one RMSNorm module of transformers: one call of torch's instead of six."""
 
     def __init__(self, weight_H: torch.Tensor, epsilon: float) -> None:
-        self._weight, self._epsilon, self._shape = weight_H, epsilon, tuple(weight_H.shape)
+        self.weight, self._epsilon, self._shape = weight_H, epsilon, tuple(weight_H.shape)
 
     @classmethod
     def of(cls, module: Any) -> FastNorm | None:
@@ -172,4 +172,4 @@ class FastNorm:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.functional.rms_norm``."""
-        return F.rms_norm(hidden, self._shape, self._weight, self._epsilon)
+        return F.rms_norm(hidden, self._shape, self.weight, self._epsilon)

@@ -10,9 +10,9 @@ import copy
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,6 +23,18 @@ from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.skeleton import MoeLayer, Skeleton, missing_message
 
 log = logging.getLogger(__name__)
+
+
+Read = Callable[[str, list[int] | None], torch.Tensor]
+"""(tensor's name, rows of its first dimension or None for all) -> the tensor."""
+
+
+class ExpertSource(NamedTuple):
+    """A tensor of the checkpoint that fills a part of one expert's parameter: all of it, or a row of it."""
+
+    name: str
+    pattern: str
+    rows: list[int] | None
 
 
 @dataclass(slots=True)
@@ -112,7 +124,8 @@ class WeightMap:
         loaded: dict[str, torch.Tensor] = {}
         wanted = self.trunk_names()
         for target in [name for name in self._sources if name in set(wanted)]:
-            loaded.update(self._convert(target, self._sources[target], self.dtype_of(target, dtype), None))
+            read = self._reading(self.dtype_of(target, dtype))
+            loaded.update(self._convert(target, self._sources[target], read, None))
         missing = [name for name in wanted if name not in loaded]
         if missing:
             raise missing_message(self.checkpoint, missing)
@@ -148,7 +161,7 @@ class WeightMap:
             source = self._sources.get(target)
             if source is None:
                 raise missing_message(self.checkpoint, [target])
-            tensor = self._convert(target, source, dtype, (layer, list(experts)))[target]
+            tensor = self._convert(target, source, self._reading(dtype), list(experts))[target]
             expected = (len(experts), *parameter.shape[1:])
             if tuple(tensor.shape) != expected:
                 raise CheckpointError(
@@ -157,25 +170,46 @@ class WeightMap:
             result[key] = tensor.contiguous()
         return result
 
-    def _convert(
-        self, target: str, source: _Source, dtype: torch.dtype, pick: tuple[MoeLayer, list[int]] | None
-    ) -> dict[str, torch.Tensor]:
-        checkpoint = self.checkpoint
+    def expert_sources(self, layer: MoeLayer, key: str, expert: int) -> list[ExpertSource]:
+        """The tensors that fill one parameter (``key`` of the experts module) of one expert."""
+        target = f"{layer.prefix}.{key}"
+        source = self._sources.get(target)
+        if source is None:
+            raise missing_message(self.checkpoint, [target])
+        if source.converter is None:
+            ((pattern, names),) = source.names.items()
+            return [ExpertSource(names[-1], pattern, [expert])]
+        found = []
+        for pattern, names in source.names.items():
+            if "*" in pattern:
+                found.append(ExpertSource(names[expert], pattern, None))
+            else:
+                found += [ExpertSource(name, pattern, [expert]) for name in names]
+        return found
+
+    def convert_expert(self, layer: MoeLayer, key: str, expert: int, read: Read) -> torch.Tensor:
+        """One parameter of one expert, first dimension 1, made of what ``read`` gives."""
+        target = f"{layer.prefix}.{key}"
+        return self._convert(target, self._sources[target], read, [expert])[target]
+
+    def _reading(self, dtype: torch.dtype) -> Read:
+        return lambda name, rows: self.checkpoint.read(name, dtype, rows)
+
+    def _convert(self, target: str, source: _Source, read: Read, experts: list[int] | None) -> dict[str, torch.Tensor]:
         if source.converter is None:
             (names,) = source.names.values()
-            return {target: checkpoint.read(names[-1], dtype, pick[1] if pick else None)}
+            return {target: read(names[-1], experts)}
         converter: Any = copy.deepcopy(source.converter)
         for pattern, names in source.names.items():
             rows: list[int] | None = None
-            if pick is not None:
-                experts = pick[1]
+            if experts is not None:
                 if "*" in pattern:
                     names = [names[expert] for expert in experts]
                 else:
                     rows = experts
             for name in names:
-                converter.add_tensor(target, name, pattern, checkpoint.read(name, dtype, rows))
-        converted = converter.convert(target, model=self.skeleton.model, config=checkpoint.config)
+                converter.add_tensor(target, name, pattern, read(name, rows))
+        converted = converter.convert(target, model=self.skeleton.model, config=self.checkpoint.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 

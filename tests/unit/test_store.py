@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.core import ExpertId
+from cluster.core import ExpertId, Order
 from cluster.errors import ConfigError, InternalError, MissingExperts
 from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.loads import LoadNotes
@@ -19,6 +20,7 @@ from cluster.experts.store import ExpertStore
 from cluster.transport.base import LayerRows
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.mapping import WeightMap
+from cluster.weights.reader import Target
 from cluster.weights.skeleton import build_skeleton
 from tests.conftest import MakeTiny
 from tests.systems import config_for, in_process_router
@@ -37,35 +39,54 @@ class Disk:
         self.may.set()
         self.broken: set[int] = set()
 
-    def __call__(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+    def __call__(self, layer: int, expert: int, target: Target) -> None:
         assert self.may.wait(20)
         self.reads.append(ExpertId(layer, expert))
         if expert in self.broken:
             raise OSError("planted")
-        return {name: torch.full((1, *shape), 100.0 * layer + expert) for name, shape in SHAPE.items()}
+        for tensor in target.tensors.values():
+            tensor.fill_(100.0 * layer + expert)
 
 
-def store_of(disk: Disk, slots: int, layers: int = 2, experts: int = 8) -> tuple[ExpertStore, LoadNotes]:
+def store_of(
+    disk: Disk, slots: int, layers: int = 2, experts: int = 8, predicts: bool = False
+) -> tuple[ExpertStore, LoadNotes]:
     notes = LoadNotes()
     held = [list(range(experts))] * layers
-    return ExpertStore(disk, [SHAPE] * layers, held, slots * BYTES, torch.float32, notes), notes
+    return ExpertStore(disk, [SHAPE] * layers, held, slots * BYTES, torch.float32, notes, predicts), notes
+
+
+def order_of(layer: int, *experts: int) -> Order:
+    return Order(1, layer, bytes(230 if expert in experts else 0 for expert in range(8)))
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    limit_s = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < limit_s
+        time.sleep(0.005)
 
 
 def use(store: ExpertStore, layer: int, experts: list[int]) -> None:
-    for wave in store.waves(layer, experts):
-        with store.pinned(layer, wave) as slots:
-            assert set(slots) == set(wave)
-            assert len(set(slots.values())) == len(wave)
-            for expert, slot in slots.items():
+    left = set(experts)
+    for wave in store.waves(layer, np.array(experts)):
+        with store.pinned(layer, wave) as slot_E:
+            slots = slot_E[wave].tolist()
+            assert len(set(slots)) == len(wave)
+            for expert, slot in zip(wave.tolist(), slots, strict=True):
+                left.discard(expert)
                 for name in SHAPE:
                     assert torch.all(store.pool(layer).tensors[name][slot] == 100.0 * layer + expert)
+    assert not left
 
 
 def test_every_call_finds_its_experts_whatever_fits() -> None:
     disk = Disk()
     for slots in (2, 3, 5, 16):
-        store, _ = store_of(disk, slots)
+        store, _ = store_of(disk, slots, predicts=slots == 5)
         for _ in range(200):
+            if slots == 5:
+                store.order(order_of(random.randrange(2), *random.sample(range(8), 3)))
             use(store, random.randrange(2), random.sample(range(8), random.randrange(1, 9)))
         assert store.num_resident() <= store.capacity() == slots
         assert store.num_bytes == slots * BYTES
@@ -75,10 +96,10 @@ def test_every_call_finds_its_experts_whatever_fits() -> None:
         store.close()
 
 
-def test_the_one_not_used_for_longest_makes_room() -> None:
+def test_the_one_that_is_wanted_least_makes_room() -> None:
     disk = Disk()
-    store, _ = store_of(disk, 3)
-    for expert in (0, 1, 2, 0, 3):
+    store, _ = store_of(disk, 3, layers=1)
+    for expert in (0, 1, 2, 0, 0, 2, 3):
         use(store, 0, [expert])
     disk.reads.clear()
     use(store, 0, [0])
@@ -89,18 +110,19 @@ def test_the_one_not_used_for_longest_makes_room() -> None:
     store.close()
 
 
-def test_what_is_pinned_stays_and_demand_goes_before_orders() -> None:
+def test_what_is_in_use_stays_and_demand_goes_before_orders() -> None:
     disk = Disk()
-    store, _ = store_of(disk, 2)
-    with store.pinned(0, [0, 1]):
-        store.order(1, [5, 6])
+    store, _ = store_of(disk, 2, predicts=True)
+    (wave,) = store.waves(0, np.array([0, 1]))
+    with store.pinned(0, wave):
+        store.order(order_of(1, 5, 6))
         time.sleep(0.1)
         assert store.stats.evictions == 0
         disk.reads.clear()
-    disk.may.clear()
-    store.order(1, [5, 6, 7])
-    time.sleep(0.05)  # the first order is being read now
-    done = threading.Thread(target=use, args=(store, 0, [3]))
+        disk.may.clear()
+    eventually(lambda: store.progress_age_s() > 0)  # the first order is being read now
+    store.order(order_of(1, 5, 6, 7))
+    done = threading.Thread(daemon=True, target=use, args=(store, 0, [3]))
     done.start()
     time.sleep(0.05)
     disk.may.set()
@@ -109,20 +131,67 @@ def test_what_is_pinned_stays_and_demand_goes_before_orders() -> None:
     store.close()
 
 
-def test_orders_are_loaded_ahead_replaced_and_counted_when_wasted() -> None:
+def test_orders_are_loaded_ahead_and_counted_by_layer_when_they_hit_or_were_wasted() -> None:
     disk = Disk()
-    store, notes = store_of(disk, 4)
-    store.order(1, [4, 5])
-    limit_s = time.monotonic() + 10
-    while store.num_resident() < 2 and time.monotonic() < limit_s:
-        time.sleep(0.01)
+    store, notes = store_of(disk, 4, predicts=True)
+    use(store, 0, [0, 1])
+    store.order(order_of(1, 4, 5))
+    eventually(lambda: store.num_resident() == 4)
     notes.reset()
     use(store, 1, [4])
     assert notes.seconds == 0
-    assert store.stats.hits == 1
+    assert store.layers[1].found == store.layers[1].hits == 1
+    assert store.layers[1].stalls == 0
     assert store.stats.ahead == 2
     use(store, 0, [0, 1, 2, 3])
-    assert store.stats.wasted_bytes == BYTES, "5 was never asked for"
+    assert store.layers[1].wasted_bytes == BYTES, "5 was never asked for"
+    assert store.layers[0].stalls == 2
+    store.close()
+
+
+def test_what_was_ordered_and_is_not_there_yet_is_late() -> None:
+    disk = Disk()
+    store, notes = store_of(disk, 4, predicts=True)
+    use(store, 0, [0])
+    disk.may.clear()
+    notes.reset()
+    store.order(order_of(1, 4, 5))
+    eventually(lambda: store.progress_age_s() > 0)
+    done = threading.Thread(daemon=True, target=use, args=(store, 1, [4, 5, 6]))
+    done.start()
+    time.sleep(0.05)
+    disk.may.set()
+    done.join(10)
+    assert store.layers[1].late == 2
+    assert store.layers[1].stalls == 1
+    assert notes.num_bytes == 3 * BYTES
+    store.close()
+
+
+def test_without_prediction_nothing_is_loaded_that_no_call_named() -> None:
+    disk = Disk()
+    store, _ = store_of(disk, 8)
+    for _ in range(10):
+        for layer in (0, 1):
+            store.order(order_of(layer, 6, 7))
+            use(store, layer, [0, 1])
+    assert set(disk.reads) == {ExpertId(layer, expert) for layer in (0, 1) for expert in (0, 1)}
+    assert store.stats.ahead == 0
+    store.close()
+
+
+def test_an_order_for_what_cannot_be_read_is_tried_once_and_fails_only_who_asks() -> None:
+    disk = Disk()
+    store, _ = store_of(disk, 4, predicts=True)
+    disk.broken = {5}
+    use(store, 0, [0])
+    store.order(order_of(1, 5))
+    eventually(lambda: ExpertId(1, 5) in disk.reads)
+    time.sleep(0.1)
+    assert disk.reads.count(ExpertId(1, 5)) == 1
+    use(store, 1, [4])
+    with pytest.raises(InternalError, match="expert 5 of MoE layer 1"):
+        use(store, 1, [5])
     store.close()
 
 
@@ -135,7 +204,7 @@ def test_who_waits_is_told_for_which_expert_and_how_much() -> None:
     assert notes.expert == 6
     assert notes.num_bytes == BYTES
     assert 0 < notes.seconds < 5
-    assert store.stats.stalls == 2
+    assert store.layers[0].stalls == 2
     store.close()
 
 
@@ -198,7 +267,7 @@ def test_a_router_over_groups_with_a_quarter_of_their_experts_gives_the_same_tok
             answers.append(serve_ragged(router, prompts, 5)[0])
             stores = [info.store for info in router.fabric.membership.groups.values()]
             if memory != "all":
-                assert all(store is not None and store.stalls > 0 for store in stores)
+                assert all(store is not None and sum(store.stalls) > 0 for store in stores)
     assert answers[0] == answers[1]
 
 

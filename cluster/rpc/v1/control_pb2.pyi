@@ -262,7 +262,6 @@ class ExpertStoreStatus(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
-    HITS_FIELD_NUMBER: _builtins.int
     STALLS_FIELD_NUMBER: _builtins.int
     STALLED_S_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
@@ -271,15 +270,14 @@ class ExpertStoreStatus(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
     AHEAD_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
     WASTED_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """Budget, bytes; experts in memory, and that fit."""
     resident: _builtins.int
     capacity: _builtins.int
-    hits: _builtins.int
-    """Since the start: experts that were there when a call came; calls that waited, and seconds."""
-    stalls: _builtins.int
     stalled_s: _builtins.float
     loads: _builtins.int
     """Loads, seconds and bytes of them; experts that made room."""
@@ -289,17 +287,30 @@ class ExpertStoreStatus(_message.Message):
     progress_age_s: _builtins.float
     """Seconds since the loading thread's last progress."""
     ahead: _builtins.int
-    """Loads that were done before a call asked; experts that were ordered and not there in time; bytes loaded for nothing."""
-    late: _builtins.int
-    wasted_bytes: _builtins.int
+    """Loads that were done before a call asked."""
+    @_builtins.property
+    def stalls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Since the start, by MoE layer: calls that waited for experts. And the seconds of all of them."""
+
+    @_builtins.property
+    def found(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """By MoE layer: experts that were there when a call came, and of them those that had been loaded ahead; experts that
+        were ordered and not there in time; bytes loaded for nothing.
+        """
+
+    @_builtins.property
+    def hits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def late(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def wasted_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         budget_bytes: _builtins.int = ...,
         resident: _builtins.int = ...,
         capacity: _builtins.int = ...,
-        hits: _builtins.int = ...,
-        stalls: _builtins.int = ...,
+        stalls: _abc.Iterable[_builtins.int] | None = ...,
         stalled_s: _builtins.float = ...,
         loads: _builtins.int = ...,
         loads_s: _builtins.float = ...,
@@ -307,12 +318,14 @@ class ExpertStoreStatus(_message.Message):
         evictions: _builtins.int = ...,
         progress_age_s: _builtins.float = ...,
         ahead: _builtins.int = ...,
-        late: _builtins.int = ...,
-        wasted_bytes: _builtins.int = ...,
+        found: _abc.Iterable[_builtins.int] | None = ...,
+        hits: _abc.Iterable[_builtins.int] | None = ...,
+        late: _abc.Iterable[_builtins.int] | None = ...,
+        wasted_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "budget_bytes", b"budget_bytes", "capacity", b"capacity", "evictions", b"evictions", "hits", b"hits", "late", b"late", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "stalled_s", b"stalled_s", "stalls", b"stalls", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "budget_bytes", b"budget_bytes", "capacity", b"capacity", "evictions", b"evictions", "found", b"found", "hits", b"hits", "late", b"late", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "stalled_s", b"stalled_s", "stalls", b"stalls", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
