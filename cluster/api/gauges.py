@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cluster.engine.engine import Engine
 from cluster.placement.binding import Binding
@@ -67,7 +67,30 @@ def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> li
         ratios = [("router", own), *((f"group-{info.group}", info.numa_local_ratio) for info in groups)]
         return [({"process": name}, ratio) for name, ratio in ratios if ratio is not None]
 
+    def stores(name: str) -> Callable[[], Values]:
+        """One number of every store, or one for each of its layers."""
+
+        def read() -> Values:
+            found: Values = []
+            for info in fabric.membership.groups.values():
+                told = getattr(info.store, name) if info.store is not None else ()
+                if isinstance(told, tuple):
+                    found += [
+                        ({"group": str(info.group), "layer": str(layer)}, float(n)) for layer, n in enumerate(told)
+                    ]
+                else:
+                    found.append(({"group": str(info.group)}, float(told)))
+            return found
+
+        return read
+
     return [
+        Gauge("moe.expert.cold_stalls", "{call}", "Calls that waited for experts.", stores("stalls"), counts=True),
+        Gauge("moe.expert.loads", "{expert}", "Experts loaded, ahead or on demand.", stores("loads"), counts=True),
+        Gauge("moe.expert.load.time", "s", "Seconds of loads.", stores("loads_s"), counts=True),
+        Gauge("moe.prewarm.hits", "{expert}", "Loaded ahead and in time for a call.", stores("hits"), counts=True),
+        Gauge("moe.prewarm.late", "{expert}", "Ordered ahead and not in time.", stores("late"), counts=True),
+        Gauge("moe.prewarm.wasted", "By", "Loaded ahead for nothing.", stores("wasted_bytes"), counts=True),
         Gauge("moe.group.spans_dropped", "{span}", "Spans that a group lost.", dropped, counts=True),
         Gauge("moe.numa.local_ratio", "", "Share of memory on the node where it belongs.", local_memory),
         Gauge("moe.group.healthy", "", "A link to the group is up.", healthy),

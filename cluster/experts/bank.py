@@ -7,6 +7,7 @@ architecture are transformers' own (``act_fn``, ``_apply_gate`` of its experts m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from cluster.experts.crew import Crew
 from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, fits_half
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore
+from cluster.telemetry.memory import give_back_at_once
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES
 from cluster.weights.kernels import KernelTable
@@ -27,6 +29,9 @@ from cluster.weights.mapping import WeightMap
 from cluster.weights.reader import ExpertReader, Target
 from cluster.weights.skeleton import MoeLayer
 
+MAX_PIECE_BYTES = 4 * 1024**2
+"""Where experts have a budget, about so many bytes of rows go through them at a time: large prefills would otherwise
+take as much memory as the experts."""
 LOADING_THREADS = 4
 """Where threads are not counted out, as beside a GPU."""
 
@@ -154,7 +159,9 @@ class ExpertBank:
         for wave_A in waves:
             pairs = slice(None) if len(waves) == 1 else np.flatnonzero(np.isin(experts_P, wave_A))
             with self.store.pinned(layer, wave_A) as slot_E:
-                self._add(bank, partial_TH, hidden_TH, rows_P[pairs], weight_P[pairs], slot_E[experts_P[pairs]])
+                slot_P = slot_E[experts_P[pairs]]
+                for piece in _pieces(slot_P, MAX_PIECE_BYTES // hidden_TH[0].nbytes):
+                    self._add(bank, partial_TH, hidden_TH, rows_P[pairs][piece], weight_P[pairs][piece], slot_P[piece])
         return partial_TH
 
     def _add(
@@ -222,6 +229,19 @@ class ExpertBank:
             self.store.close()
 
 
+def _pieces(slot_P: Any, most: int) -> list[Any]:
+    """The pairs of a call, about ``most`` at a time and all of an expert together."""
+    if len(slot_P) <= most:
+        return [slice(None)]
+    order_P = np.argsort(slot_P, kind="stable")
+    starts = np.flatnonzero(np.diff(slot_P[order_P], prepend=-1))
+    cuts = [0]
+    for start, end in itertools.pairwise([*starts.tolist(), len(order_P)]):
+        if end - cuts[-1] > most and start > cuts[-1]:
+            cuts.append(start)
+    return [order_P[first:last] for first, last in itertools.pairwise([*cuts, len(order_P)])]
+
+
 def _stored(
     group: GroupId, weights: WeightMap, holdings: Sequence[Sequence[int]], how: Compute, notes: LoadNotes
 ) -> ExpertBank:
@@ -231,6 +251,7 @@ def _stored(
         raise ConfigError("expert_memory: a budget is for experts in the served dtype, on CPUs")
     shapes = [{key: tuple(p.shape[1:]) for key, p in layer.module.named_parameters()} for layer in layers]
 
+    give_back_at_once()
     reader = ExpertReader(weights, how.dtype, how.direct)
 
     def fill(layer: int, expert: int, target: Target) -> None:

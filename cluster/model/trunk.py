@@ -97,11 +97,11 @@ class Trunk:
             step = self._step
             if step is None:
                 raise InternalError("experts were called outside a step")
-            step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
             if self._seen is not None:
                 self._seen(layer, hidden_TH, index_TK)
             if self._prewarm is not None:
                 self._look_ahead(step, layer, hidden_TH)
+            step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
             meanwhile = None if ahead is None else partial(ahead.run, hidden_TH)
             output_TH = self._dispatch(step, layer, hidden_TH, index_TK, weight_TK, meanwhile)
             self._mark_s = self._clock()

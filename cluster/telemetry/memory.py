@@ -35,8 +35,20 @@ def process_facts() -> ProcessFacts:
     return ProcessFacts(os.getpid(), socket.gethostname(), rss, anonymous)
 
 
+_M_MMAP_THRESHOLD = -3
+"""glibc's number of this setting."""
+
+
 def give_back_memory() -> None:
     """Returns to the system what the allocator keeps of memory that is free again, such as what loading took."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have nothing like it
     if trim is not None:
         trim(0)
+
+
+def give_back_at_once(least_bytes: int = 256 * 1024) -> None:
+    """From now on what is freed of at least ``least_bytes`` goes back to the system at once, and not to the allocator's
+    heaps, which are as large as the largest moment of each thread. Costs page faults; for processes with a budget."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, least_bytes)

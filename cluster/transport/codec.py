@@ -28,7 +28,7 @@ from cluster.errors import (
 )
 from cluster.transport.base import LayerRows, Pairs
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 """Larger calls are split by the dispatcher (see `max_rows`)."""
 _HEADROOM_BYTES = 1024 * 1024

@@ -54,9 +54,9 @@ from cluster.transport.slot import Slot
 _FP32 = np.dtype("<f4")
 MEMORY_BYTES = 1024**3
 """Address space of one link. Pages take memory once they are touched, and blocks are taken from the low end."""
-KEPT_BYTES = 64 * 1024**2
+KEPT_BYTES = 32 * 1024**2
 """What is above goes back to the system as soon as a link is idle."""
-REUSED_BYTES = 1024**2
+REUSED_BYTES = 512 * 1024
 """Blocks up to this size are kept for the next call of the same shape."""
 NONCE_BYTES = 32
 FRAME_BYTES = 64 * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from cluster.errors import CheckpointError
 from cluster.weights.checkpoint import Checkpoint
+from cluster.weights.direct import DirectFile
 from cluster.weights.layouts import LAYOUTS
 from cluster.weights.mapping import WeightMap
 from cluster.weights.reader import ExpertReader
@@ -40,6 +42,34 @@ def test_every_expert_comes_straight_from_the_files(
             for key, tensor in wanted.items():
                 assert found[key].dtype is dtype
                 assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
+def test_reading_past_the_page_cache_gives_the_same(arch: str, layout: str, tiny: MakeTiny) -> None:
+    weights = weights_of(tiny(arch, layout))
+    mapped, direct = ExpertReader(weights, torch.float32), ExpertReader(weights, torch.float32, direct=True)
+    for layer in weights.skeleton.moe_layers:
+        chosen = [5, 0, 3, 5]
+        wanted, found = mapped.read(layer, chosen), direct.read(layer, chosen)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    if not direct.is_direct and layout in ("per-expert", "fused"):
+        pytest.skip("this file system cannot be read past the page cache")
+
+
+def test_a_file_that_became_shorter_is_a_typed_error(tiny: MakeTiny, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((tiny("mixtral") / path.name).read_bytes())
+    file = DirectFile.open(path)
+    if file is None:
+        pytest.skip("this file system cannot be read past the page cache")
+    name = max((name for name in weights_of(tiny("mixtral")).checkpoint.tensors), key=lambda name: file.range_of(name))
+    reading = file.prepare([file.range_of(name)])
+    file.read(reading)
+    os.truncate(path, 4096)
+    with pytest.raises(CheckpointError, match="shorter"):
+        file.read(reading)
+    file.close()
 
 
 def _long_way(*_: object) -> None:

@@ -232,7 +232,9 @@ def test_a_budget_for_less_than_two_experts_is_refused_with_numbers() -> None:
 
 
 @pytest.mark.parametrize("arch", ["deepseek_v3", "gpt_oss", "mixtral"])
-def test_a_bank_in_a_store_computes_what_a_resident_one_does(arch: str, tiny: MakeTiny) -> None:
+def test_a_bank_in_a_store_computes_what_a_resident_one_does(
+    arch: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = Checkpoint(tiny(arch))
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
     layers = weights.skeleton.moe_layers
@@ -249,6 +251,12 @@ def test_a_bank_in_a_store_computes_what_a_resident_one_does(arch: str, tiny: Ma
         experts = np.random.randint(0, layers[layer].num_experts, 24)
         rows = LayerRows.of(torch.randn(6, hidden_size), np.repeat(np.arange(6), 4), experts, np.random.rand(24))
         assert torch.allclose(stored.compute(layer, rows), resident.compute(layer, rows), atol=1e-5)
+    monkeypatch.setattr("cluster.experts.bank.MAX_PIECE_BYTES", 40 * hidden_size)  # ten rows at a time
+    for _ in range(6):
+        count = random.randrange(1, 70)
+        experts = np.random.randint(0, layers[0].num_experts, count)
+        rows = LayerRows.of(torch.randn(count, hidden_size), np.arange(count), experts, np.random.rand(count))
+        assert torch.allclose(stored.compute(0, rows), resident.compute(0, rows), atol=1e-5)
     less = [list(range(1, layer.num_experts)) for layer in layers]
     partly = ExpertBank.load(0, weights, less, Compute(torch.float32, device, memory_bytes=3 * size))
     rows = LayerRows.of(torch.randn(1, hidden_size), [0], [0], [1.0])
