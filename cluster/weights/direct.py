@@ -33,9 +33,10 @@ class Range(NamedTuple):
 
 
 class DirectRead(NamedTuple):
-    """A prepared reading of some ranges: after `DirectFile.read` their bytes are in ``tensors``, uint8."""
+    """A prepared reading of some ranges: after `DirectFile.read` their bytes are in ``tensors``, uint8. ``spans`` are
+    where to read from, into what (whole blocks, which may reach beyond the end of the file), and how much is needed."""
 
-    spans: list[tuple[int, memoryview]]
+    spans: list[tuple[int, memoryview, int]]
     tensors: list[torch.Tensor]
 
 
@@ -44,7 +45,7 @@ class DirectFile:
     until the next one."""
 
     def __init__(self, path: Path, fd: int) -> None:
-        self._path, self._fd, self._size = path, fd, os.fstat(fd).st_size
+        self._path, self._fd = path, fd
         self._buffer = mmap.mmap(-1, _ALIGNMENT)
         with path.open("rb") as file:
             (length,) = _HEADER.unpack(file.read(_HEADER.size))
@@ -91,11 +92,11 @@ class DirectFile:
         if len(self._buffer) < sum(lengths):
             self._buffer = mmap.mmap(-1, sum(lengths))
         whole = memoryview(self._buffer)
-        spans: list[tuple[int, memoryview]] = []
+        spans: list[tuple[int, memoryview, int]] = []
         tensors: list[torch.Tensor] = [torch.empty(0)] * len(ranges)
         at = 0
         for run, start, length in zip(runs, starts, lengths, strict=True):
-            spans.append((start, whole[at : at + min(length, self._size - start)]))
+            spans.append((start, whole[at : at + length], max(ranges[i].end for i in run) - start))
             for number in run:
                 first, last = ranges[number]
                 offset = at + first - start
@@ -109,9 +110,9 @@ class DirectFile:
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
         """
-        for start, into in prepared.spans:
+        for start, into, needed in prepared.spans:
             got = 0
-            while got < len(into):
+            while got < needed:
                 try:
                     count = os.preadv(self._fd, [into[got:] if got else into], start + got)
                 except OSError as exc:
