@@ -2,8 +2,8 @@
 
 Three systems of the same model are there at once, and the same prompts go to each in turn: all experts resident, a
 budget with loads on demand, and the same budget with prediction. All must give the same tokens. Groups are processes
-behind the real links. Cold is mapped files that the system has in its page cache (they were read a moment ago); a cold
-stall is a layer call that waited for a load.
+behind the real links. Cold is on the disk, or mapped files that the system has in its page cache (they were read a
+moment ago); a cold stall is a layer call that waited for a load.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from cluster.api.router import Router
 from cluster.bench.engine import QUIET, Stream, cores, system_of
+from cluster.bench.trace_cost import cost_of
 from cluster.config import load_config
 from cluster.core import Deadline, GroupInfo, Request, SamplingParams, StopParams, StoreFacts
 from cluster.errors import InvalidArgument
@@ -36,13 +37,15 @@ class Load:
     """``share``: of a group's experts that the budget holds. ``streams`` prompts at once, ``rounds`` times."""
 
     share: float = 0.5
-    rounds: int = 12
-    streams: int = 4
+    rounds: int = 16
+    streams: int = 8
     prompt: int = 24
     new: int = 24
     seed: int = 0
     disk: bool = True
     """Cold is on the disk; otherwise in the page cache."""
+    pairs: int = 0
+    """Rounds with and without prediction where the budget holds all experts."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share < 1.0:
@@ -105,6 +108,10 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
                     system.before = system.stores()
             progress(f"round {number} of {load.rounds}")
         found: dict[str, Any] = {mode: _figures(system) for mode, system in systems.items()}
+        if load.pairs:
+            progress("starting a system that predicts, with a budget for all")
+            full = _start(stack, model, groups, str(max(info.expert_bytes for info in infos)), load, predict=True)
+            found["full_budget"] = _cost(systems[RESIDENT], full, load, rng, progress)
     stalls = found[ON_DEMAND]["cold_stalls"], found[PREDICTED]["cold_stalls"]
     return {
         **found,
@@ -115,6 +122,31 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
         "cold": "disk" if systems[PREDICTED].before[0].direct else "page cache",
         "requests": load.rounds * load.streams,
         "seed": load.seed,
+    }
+
+
+def _cost(off: _System, on: _System, load: Load, rng: random.Random, progress: Progress) -> dict[str, Any]:
+    """What prediction costs where it has nothing to gain: throughput with and without, by pairs, and a control."""
+    vocab = off.router.served.info.vocab_size
+    speeds: dict[str, list[float]] = {"off": [], "on": [], "control": []}
+    for number in range(load.pairs + 1):
+        prompts = [[rng.randrange(vocab) for _ in range(load.prompt)] for _ in range(load.streams)]
+        turns = [("off", off), ("on", on), ("control", off)]
+        for name, system in turns[number % 3 :] + turns[: number % 3]:
+            started_s = time.perf_counter()
+            tokens = sum(len(answer) for answer in system.run(prompts, load.new, counts=False))
+            if number:  # the first warms up
+                speeds[name].append(tokens / (time.perf_counter() - started_s))
+        progress(f"pair {number} of {load.pairs}")
+    both = [(first + second) / 2 for first, second in zip(speeds["off"], speeds["control"], strict=True)]
+    percent, interval = cost_of(both, speeds["on"])
+    control, control_interval = cost_of(speeds["off"], speeds["control"])
+    return {
+        "pairs": load.pairs,
+        "prediction_cost_percent": percent,
+        "prediction_cost_ci": interval,
+        "control_percent": control,
+        "control_ci": control_interval,
     }
 
 

@@ -102,7 +102,7 @@ def measure(address: str, work: Work, progress: Progress) -> dict[str, Any]:
                         client.set_tracing(kind == ALL)
                         speeds[kind].append(streams.round())
                     if number % 5 == 4:
-                        progress(f"{number + 1} of {work.pairs} pairs: {_cost(speeds[OFF], speeds[ALL])[0]:+.2f} %")
+                        progress(f"{number + 1} of {work.pairs} pairs: {cost_of(speeds[OFF], speeds[ALL])[0]:+.2f} %")
         finally:
             client.set_tracing(was_on)
         telemetry = client.status().telemetry
@@ -113,8 +113,8 @@ def figures(speeds: dict[str, list[float]]) -> dict[str, Any]:
     """From tokens a second of each round: medians, the cost, its 95 % interval, and the control's."""
     # The two rounds without traces of a triple are of one kind: either is the other's control.
     off = [(first + second) / 2 for first, second in zip(speeds[OFF], speeds[CONTROL], strict=True)]
-    cost, interval = _cost(off, speeds[ALL])
-    control, control_interval = _cost(speeds[OFF], speeds[CONTROL])
+    cost, interval = cost_of(off, speeds[ALL])
+    control, control_interval = cost_of(speeds[OFF], speeds[CONTROL])
     return {
         "pairs": len(off),
         "off_tokens_per_s": float(np.median(off)),
@@ -126,7 +126,7 @@ def figures(speeds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _cost(off: list[float], on: list[float]) -> tuple[float, list[float]]:
+def cost_of(off: list[float], on: list[float]) -> tuple[float, list[float]]:
     """Median over the pairs of what is lost, in percent, and its 95 % bootstrap interval."""
     lost = np.array([(1.0 - b / a) * 100.0 for a, b in zip(off, on, strict=True)])
     picks = np.random.default_rng(0).integers(0, len(lost), (_RESAMPLES, len(lost)))

@@ -19,13 +19,16 @@ def cold(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = EMBEDDED_MODEL,
     groups: Annotated[int, typer.Option(help="Expert groups, each a process.")] = 2,
     budget: Annotated[float, typer.Option(help="Share of a group's experts that its budget holds.")] = 0.5,
-    rounds: Annotated[int, typer.Option(help="Rounds; each system gets the same prompts in turn.")] = 12,
-    streams: Annotated[int, typer.Option(help="Prompts at a time.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds; each system gets the same prompts in turn.")] = 16,
+    streams: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt; random ones.")] = 24,
     new: Annotated[int, typer.Option(help="New tokens a prompt.")] = 24,
     cold_is: Annotated[
         str, typer.Option("--cold", help="disk: experts are read past the page cache; cache: from it.")
     ] = "disk",
+    pairs: Annotated[
+        int, typer.Option(help="Pairs of rounds, with and without prediction, where the budget holds all experts.")
+    ] = 0,
     seed: Annotated[int | None, typer.Option(help="Of the prompts; a fresh one by default.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +42,7 @@ def cold(
         raise InvalidArgument("--cold", cold_is, "must be disk or cache")
     on_disk = cold_is == "disk"
     number = secrets.randbits(31) if seed is None else seed
-    load = benchmark.Load(budget, rounds, streams, prompt, new, number, on_disk)
+    load = benchmark.Load(budget, rounds, streams, prompt, new, number, on_disk, pairs)
     with stopping(), reporting() as progress:
         result = benchmark.measure(model, groups, load, progress)
     result["machine"] = machine()
@@ -54,6 +57,12 @@ def cold(
             table.add_row(mode, *times, *counts, f"{row['wasted_bytes'] / 1e6:.1f}")
         stdout.print(table)
         if result["stalls_fewer"] is not None:
-            stdout.print(f"prediction: {result['stalls_fewer']:.1f} times fewer stalls")
+            stdout.print(f"prediction: {result['stalls_fewer']:.1f} times fewer stalls; cold: {result['cold']}")
+        if pairs:
+            full = result["full_budget"]
+            low, high = full["prediction_cost_ci"]
+            stdout.print(
+                f"with a budget for all it costs {full['prediction_cost_percent']:.2f} % ({low:.2f} to {high:.2f})"
+            )
     if not result["same_tokens"]:
         raise typer.Exit(1)
