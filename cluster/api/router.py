@@ -85,8 +85,8 @@ class Router:
         self.fabric.start(config.start_timeout_s)
         started.done("links", time.monotonic())
         kv_bytes_per_token = self._warm_up()
-        if config.predict_experts:
-            self._trunk.follow(Prewarm(self.fabric.depth, dispatcher.prewarm))
+        self._prewarm = Prewarm(self.fabric.depth, dispatcher.prewarm)
+        self.predict(config.predict_experts)
         started.done("warm_up", time.monotonic())
         self.engine = Engine(
             self._trunk.forward,
@@ -116,6 +116,10 @@ class Router:
         if self.telemetry is not None:
             self.telemetry.gauges(router_gauges(self.fabric, self.engine, binding))
             self.telemetry.phases(started)
+
+    def predict(self, on: bool) -> None:
+        """Whether groups with a budget are told what they will probably be called for. Not while a step runs."""
+        self._trunk.follow(self._prewarm if on else None)
 
     def _connector(self) -> Connector:
         data_plane, kinds = self._config.data_plane, self._config.transports()

@@ -111,7 +111,7 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
         if load.pairs:
             progress("starting a system that predicts, with a budget for all")
             full = _start(stack, model, groups, str(max(info.expert_bytes for info in infos)), load, predict=True)
-            found["full_budget"] = _cost(systems[RESIDENT], full, load, rng, progress)
+            found["full_budget"] = _cost(full, load, rng, progress)
     stalls = found[ON_DEMAND]["cold_stalls"], found[PREDICTED]["cold_stalls"]
     return {
         **found,
@@ -125,14 +125,16 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
     }
 
 
-def _cost(off: _System, on: _System, load: Load, rng: random.Random, progress: Progress) -> dict[str, Any]:
-    """What prediction costs where it has nothing to gain: throughput with and without, by pairs, and a control."""
-    vocab = off.router.served.info.vocab_size
+def _cost(system: _System, load: Load, rng: random.Random, progress: Progress) -> dict[str, Any]:
+    """What prediction costs where it has nothing to gain: throughput of one system with and without, by pairs, and a
+    control."""
+    vocab = system.router.served.info.vocab_size
     speeds: dict[str, list[float]] = {"off": [], "on": [], "control": []}
     for number in range(load.pairs + 1):
         prompts = [[rng.randrange(vocab) for _ in range(load.prompt)] for _ in range(load.streams)]
-        turns = [("off", off), ("on", on), ("control", off)]
-        for name, system in turns[number % 3 :] + turns[: number % 3]:
+        turns = ["off", "on", "control"]
+        for name in turns[number % 3 :] + turns[: number % 3]:
+            system.router.predict(name == "on")
             started_s = time.perf_counter()
             tokens = sum(len(answer) for answer in system.run(prompts, load.new, counts=False))
             if number:  # the first warms up

@@ -128,11 +128,12 @@ class Trunk:
             if choice is not None:
                 self._prewarm.order(self._step, 0, *choice)
 
-    def follow(self, prewarm: Prewarm) -> None:
-        """From now on ``prewarm`` is told, as layers are called, of experts that the next layers will probably want.
-        Layers whose gates `learn_gates` did not find are left out."""
+    def follow(self, prewarm: Prewarm | None) -> None:
+        """From now on ``prewarm`` is told, as layers are called, of experts that the next layers will probably want;
+        None: nobody is. Layers whose gates `learn_gates` did not find are left out. Not while a step runs."""
         self._prewarm = prewarm
-        self.gates.follow(self._begin)
+        if prewarm is not None:
+            self.gates.follow(self._begin)
 
     def learn_gates(self, chunks: Sequence[Chunk], step: StepContext) -> None:
         """One step in which the gates of all layers are found."""
