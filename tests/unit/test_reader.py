@@ -30,7 +30,7 @@ def test_every_expert_comes_straight_from_the_files(
     arch: str, layout: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = weights_of(tiny(arch, layout))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[: 2 if layout == "per-expert" else 1]:
         reader = ExpertReader(weights, dtype)
         for layer in weights.skeleton.moe_layers:
             chosen = [5, 0, 3]
