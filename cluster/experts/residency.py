@@ -19,7 +19,7 @@ from cluster.core import ExpertId, Order
 LIKELY = 0.5
 """Chance from which on an expert is loaded ahead even if it may come late."""
 POSSIBLE = 0.35
-"""Chance from which on an expert is loaded ahead where there is time for it. For less, three of four loads and more
+"""Chance from which on an expert is loaded ahead where there is time for it. For less, two of three loads and more
 would be for nothing."""
 _RARE = 0.02
 _OF_A_BYTE = 1 / 255

@@ -4,7 +4,7 @@ Experts of one shape share a pool of slots, whatever their layer. A layer call p
 that are not there are loaded by the store's own thread, demand before anything ordered ahead, into a free slot or that
 of whoever will probably be wanted last (`cluster.experts.residency`). An expert that is pinned, or being loaded, is
 never evicted. Cold means on disk: tensors are read from the checkpoint's mapped files, which the system may have in its
-page cache.
+page cache, or past it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 60.0
 _SMOOTH = 1 / 16
 _BATCH, _BATCH_S = 8, 0.0005
-"""So many experts are loaded at once, and for so long, before anybody who waits for another one gets a turn."""
+"""So many experts are loaded at once, and for about so long, before those that are there can be used."""
 Fill = Callable[[int, int, Target], None]
 """Reads the parameters of (MoE layer, logical expert) into a slot."""
 

@@ -16,7 +16,9 @@ class WaitingOrders:
         self._orders: list[Order] = []
 
     def add(self, order: Order) -> None:
-        """Waits for the next call."""
+        """Waits for the next call of its step. Those of other steps are stale: where no call comes, none pile up."""
+        if self._orders and self._orders[-1].step_id != order.step_id:
+            self._orders.clear()
         self._orders.append(order)
 
     def take(self, call: LayerCall) -> bytes:

@@ -78,10 +78,13 @@ def test_orders_wait_for_the_next_call_and_are_forgotten_when_stale() -> None:
     waiting = WaitingOrders()
     call = LayerCall(1, step_id=7, layer=3, table_epoch=0, table_version=0, priority=Priority.DECODE, timeout_ms=0)
     fresh, next_one = Order(7, 4, b"abc"), Order(7, 5, b"d")
-    for order in (Order(7, 3, b"now"), fresh, Order(6, 5, b"old"), next_one):
+    for order in (Order(6, 5, b"old"), Order(7, 3, b"now"), fresh, next_one):
         waiting.add(order)
     assert waiting.take(call) == encode_order(fresh) + encode_order(next_one)
     assert waiting.take(call) == b""
+    for step in range(1000):
+        waiting.add(Order(step, 4, b"nobody calls"))
+    assert len(waiting._orders) == 1
 
 
 def test_chances_rise_with_every_row_that_chooses_or_nearly_does() -> None:
