@@ -14,6 +14,7 @@ from cluster.commands import (
     bench,
     bench_cold,
     bench_engine,
+    bench_pairs,
     bench_serve,
     bench_trace,
     demo,
@@ -92,6 +93,12 @@ bench_app.command(
 )(bench.dispatch)
 bench_app.command("cold", epilog=_examples("expertmesh bench cold", "expertmesh bench cold --budget 0.25 --json"))(
     bench_cold.cold
+)
+bench_app.command("first", epilog=_examples("expertmesh bench first", "expertmesh bench first --starts 3 --json"))(
+    bench_pairs.first
+)
+bench_app.command("pairs", epilog=_examples("expertmesh bench pairs 127.0.0.1:9000 127.0.0.1:9001 --json"))(
+    bench_pairs.pairs
 )
 bench_app.command(
     "trace-cost", epilog=_examples("expertmesh bench trace-cost", "expertmesh bench trace-cost --pairs 40 --json")

@@ -182,6 +182,9 @@ class Config:
     """How long router and coordinator wait for the groups to load."""
     drain_s: float = 30.0
     """How long SIGTERM lets running requests finish."""
+    warm_up: bool = True
+    """Everything is run once before a process says that it is ready. Off only to see what that is worth; then nothing
+    is predicted either."""
     verify: bool = False
     """Lets clients ask for full logits."""
     engine: EngineConfig = field(default_factory=EngineConfig)

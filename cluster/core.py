@@ -152,6 +152,10 @@ class StoreFacts:
     """Experts are read past the page cache."""
     gap_s: float = 0.0
     """What it usually takes from one layer's call to the next one's."""
+    expert_bytes: tuple[int, ...] = ()
+    """Of one expert, by MoE layer."""
+    resident_experts: tuple[tuple[int, ...], ...] = ()
+    """Experts in memory, by MoE layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,8 @@ class GroupInfo:
     numa_local_ratio: float | None = None
     store: StoreFacts | None = None
     spans_dropped: int = 0
+    startup: tuple[tuple[str, float], ...] = ()
+    """Phases of its start, and their seconds."""
 
 
 @dataclass(frozen=True, slots=True)

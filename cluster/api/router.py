@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,15 +19,18 @@ from cluster.core import Deadline, GroupInfo, Membership
 from cluster.engine.blocks import num_blocks_of
 from cluster.engine.engine import Engine
 from cluster.engine.text import load_tokenizer
+from cluster.engine.warm import warm_up
 from cluster.errors import CheckpointError
 from cluster.experts.group import visible_devices
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
 from cluster.model.trunk import Prewarm, Trunk
 from cluster.placement.binding import Binding, Where, numa_attributes
+from cluster.routing.coldness import Coldness
 from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
 from cluster.routing.fabric import Fabric
+from cluster.routing.prediction import chances
 from cluster.rpc.v1 import control_pb2, inference_pb2, links_pb2
 from cluster.telemetry.hub import telemetry_of
 from cluster.telemetry.memory import process_facts
@@ -40,12 +43,12 @@ from cluster.weights.skeleton import Skeleton
 
 log = logging.getLogger(__name__)
 
-_WARM_UP_TOKENS = 8
+_FIRST_TOKENS = 8
 NO_LINK = LinkStatus(kind="", healthy=False, why="no link yet", wanted="")
 
 
 class Router:
-    """Holds the trunk and runs the engine. The constructor returns after one synthetic step went the whole way.
+    """Holds the trunk and runs the engine. The constructor returns after synthetic requests went the whole way.
 
     ``fetch`` gives the coordinator's membership. ``local_links`` replaces network links where groups live in this
     process. ``binding`` says where this process sits, if anybody placed it.
@@ -77,17 +80,29 @@ class Router:
             serve_metrics=True,
         )
         torch.set_num_threads(threads)
-        self.fabric = Fabric(fetch, local_links or self._connector())
-        dispatcher = Dispatcher(self.fabric, dtype, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
+        coldness = Coldness(self._first_layer)
+        self.fabric = Fabric(
+            fetch, local_links or self._connector(), follower=lambda now: coldness.follow(now.groups.values())
+        )
+        dispatcher = Dispatcher(
+            self.fabric,
+            dtype,
+            config.data_plane.call_timeout_s,
+            config.data_plane.group_wait_s,
+            count=coldness.called,
+        )
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
         tokenizer = load_tokenizer(checkpoint.path)
         started.done("weights", time.monotonic())
         self.fabric.start(config.start_timeout_s)
         started.done("links", time.monotonic())
-        kv_bytes_per_token = self._warm_up()
+        kv_bytes_per_token = self._first_step()
         self._prewarm = Prewarm(self.fabric.depth, dispatcher.prewarm)
         self.predict(config.predict_experts)
-        started.done("warm_up", time.monotonic())
+        started.done("first_step", time.monotonic())
+        if config.warm_up:
+            warm_up(self._trunk, tokenizer, config.engine, skeleton.context_length, kv_bytes_per_token, threads)
+            started.done("warm_up", time.monotonic())
         self.engine = Engine(
             self._trunk.forward,
             tokenizer,
@@ -96,6 +111,7 @@ class Router:
             threads,
             observer=self.telemetry,
             detail_steps=config.telemetry.detail_steps,
+            colds=coldness,
         )
         self._trunk.store = KvStore(num_blocks_of(config.engine, kv_bytes_per_token), config.engine.block_size)
         info = self._model_info(skeleton, has_tokenizer=tokenizer is not None)
@@ -116,6 +132,12 @@ class Router:
         if self.telemetry is not None:
             self.telemetry.gauges(router_gauges(self.fabric, self.engine, binding))
             self.telemetry.phases(started)
+        self._startup = started.seconds()
+
+    def _first_layer(self, ids: Sequence[int]) -> bytes | None:
+        """What the first MoE layer's gate says of some tokens: `Coldness` asks."""
+        choice = self._trunk.first_choice(ids)
+        return None if choice is None else chances(*choice, self.fabric.num_experts(0))
 
     def predict(self, on: bool) -> None:
         """Whether groups with a budget are told what they will probably be called for. Not while a step runs."""
@@ -131,11 +153,13 @@ class Router:
         )
         return Connector(hello, lambda group: kinds[group % len(kinds)], self._device, data_plane.payload_timeout_s)
 
-    def _warm_up(self) -> int:
-        """Steps through trunk and groups, with several tokens and with one; returns key-value bytes a token."""
-        self._trunk.store = KvStore(1, _WARM_UP_TOKENS + 1)
-        self._trunk.learn_gates([Chunk(range(_WARM_UP_TOKENS), 0, [0])], StepContext(0))
-        self._trunk.forward([Chunk([0], _WARM_UP_TOKENS, [0])], StepContext(0))
+    def _first_step(self) -> int:
+        """A step over every link, in which the gates are found; returns key-value bytes a token."""
+        self._trunk.store = KvStore(1, _FIRST_TOKENS)
+        if self._config.warm_up:
+            self._trunk.learn_gates([Chunk(range(_FIRST_TOKENS), 0, [0])], StepContext(0))
+        else:
+            self._trunk.without_experts([Chunk([0], 0, [0])], StepContext(0))
         return self._trunk.store.bytes_per_token
 
     def _model_info(self, skeleton: Skeleton, has_tokenizer: bool) -> inference_pb2.ModelInfoReply:
@@ -182,6 +206,7 @@ class Router:
                 visible_devices=visible_devices(),
                 rss_bytes=facts.rss_bytes,
                 anonymous_bytes=facts.anonymous_bytes,
+                startup=_phases(self._startup),
             )
         )
         reply.engine.CopyFrom(
@@ -264,13 +289,20 @@ def _group_status(info: GroupInfo, link: LinkStatus, reconnects: int) -> control
             visible_devices=info.visible_devices,
             rss_bytes=info.rss_bytes,
             anonymous_bytes=info.anonymous_bytes,
+            startup=_phases(info.startup),
         ),
     )
     if info.store is not None:
-        status.store.CopyFrom(control_pb2.ExpertStoreStatus(**dataclasses.asdict(info.store)))
+        told = dataclasses.asdict(info.store)
+        told["resident_by_layer"] = [len(experts) for experts in told.pop("resident_experts")]
+        status.store.CopyFrom(control_pb2.ExpertStoreStatus(**told))
     for experts in info.holdings:
         status.holdings.add(experts=experts)
     return status
+
+
+def _phases(startup: Sequence[tuple[str, float]]) -> list[control_pb2.StartPhase]:
+    return [control_pb2.StartPhase(name=name, seconds=seconds) for name, seconds in startup]
 
 
 def end_ids(checkpoint: Checkpoint) -> set[int]:

@@ -23,11 +23,14 @@ from cluster.bench.engine import QUIET, Stream, cores, system_of
 from cluster.bench.trace_cost import cost_of
 from cluster.config import load_config
 from cluster.core import Deadline, GroupInfo, Request, SamplingParams, StopParams, StoreFacts
+from cluster.engine.events import TokenEvent
 from cluster.errors import InvalidArgument
 
 RESIDENT, ON_DEMAND, PREDICTED = "resident", "on_demand", "predicted"
 MODES = (RESIDENT, ON_DEMAND, PREDICTED)
 TIMEOUT_S = 600.0
+_TURNS = ("off", "on", "control")
+_TURN_STEPS, _COST_TOKENS = 4, 200
 
 Progress = Callable[[str], None]
 
@@ -45,7 +48,7 @@ class Load:
     disk: bool = True
     """Cold is on the disk; otherwise in the page cache."""
     pairs: int = 0
-    """Rounds with and without prediction where the budget holds all experts."""
+    """Runs in which prediction is switched on and off where the budget holds all experts."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share < 1.0:
@@ -126,30 +129,62 @@ def measure(model: Path, groups: int, load: Load, progress: Progress) -> dict[st
 
 
 def _cost(system: _System, load: Load, rng: random.Random, progress: Progress) -> dict[str, Any]:
-    """What prediction costs where it has nothing to gain: throughput of one system with and without, by pairs, and a
-    control."""
+    """What prediction costs where it has nothing to gain. Within each run of some streams it is switched every few
+    steps: off, on, and off again as a control, so that whatever else the machine does meets all three alike. A pair is
+    the median steps of one run."""
     vocab = system.router.served.info.vocab_size
-    speeds: dict[str, list[float]] = {"off": [], "on": [], "control": []}
+    medians: dict[str, list[float]] = {name: [] for name in _TURNS}
     for number in range(load.pairs + 1):
-        prompts = [[rng.randrange(vocab) for _ in range(load.prompt)] for _ in range(load.streams)]
-        turns = ["off", "on", "control"]
-        for name in turns[number % 3 :] + turns[: number % 3]:
-            system.router.predict(name == "on")
-            started_s = time.perf_counter()
-            tokens = sum(len(answer) for answer in system.run(prompts, load.new, counts=False))
-            if number:  # the first warms up
-                speeds[name].append(tokens / (time.perf_counter() - started_s))
+        switch = _Switch(system.router, number)
+        deadline = Deadline.after(TIMEOUT_S)
+        streams = [switch, *(Stream(system.router.engine) for _ in range(load.streams - 1))]
+        for stream in streams:
+            prompt = tuple(rng.randrange(vocab) for _ in range(load.prompt))
+            request = Request(f"cost-{id(stream)}", prompt, SamplingParams(), StopParams(_COST_TOKENS), deadline)
+            system.router.engine.submit(request, stream.hear)
+        for stream in streams:
+            stream.wait(TIMEOUT_S)
+        if number:  # the first warms up
+            for name, gaps_s in switch.gaps_s().items():
+                medians[name].append(float(np.median(gaps_s)))
         progress(f"pair {number} of {load.pairs}")
+    speeds = {name: [1.0 / gap_s for gap_s in gaps_s] for name, gaps_s in medians.items()}
     both = [(first + second) / 2 for first, second in zip(speeds["off"], speeds["control"], strict=True)]
     percent, interval = cost_of(both, speeds["on"])
     control, control_interval = cost_of(speeds["off"], speeds["control"])
     return {
         "pairs": load.pairs,
+        "steps_a_pair": _COST_TOKENS,
+        "step_ms": float(np.median(medians["off"]) * 1e3),
         "prediction_cost_percent": percent,
         "prediction_cost_ci": interval,
         "control_percent": control,
         "control_ci": control_interval,
     }
+
+
+class _Switch(Stream):
+    """A stream that switches prediction as its tokens come: it hears of them between two steps."""
+
+    def __init__(self, router: Router, first: int) -> None:
+        super().__init__(router.engine)
+        self._router, self._first = router, first
+        self._names: list[str] = []
+
+    def hear(self, event: TokenEvent) -> None:
+        super().hear(event)
+        name = _TURNS[(self._first + len(self.tokens) // _TURN_STEPS) % len(_TURNS)]
+        self._router.predict(name == "on")
+        self._names.append(name)
+
+    def gaps_s(self) -> dict[str, list[float]]:
+        """Between successive tokens, by what the step between them had. Steps right after a switch do not count, nor do
+        the first ones, in which prompts of other streams are computed."""
+        found: dict[str, list[float]] = {name: [] for name in _TURNS}
+        for at in range(2 * _TURN_STEPS, len(self.times_s) - 1):
+            if self._names[at] == self._names[at - 1]:
+                found[self._names[at]].append(self.times_s[at + 1] - self.times_s[at])
+        return found
 
 
 def _start(stack: ExitStack, model: Path, groups: int, memory: str, load: Load, predict: bool) -> _System:

@@ -76,16 +76,17 @@ def system_of(config: Config) -> Iterator[tuple[Router, Callable[[], list[GroupI
             def connect(info: GroupInfo, _deadline: Deadline) -> Transport:
                 return InprocTransport(info.group, group.host)
         else:
-            infos = {}
+            infos, asking = {}, threading.Lock()
             started = [stack.enter_context(_group_process(config, number)) for number in range(config.groups)]
             for number, process in enumerate(started):
                 infos[number] = _read_info(process)
 
             def ask() -> list[GroupInfo]:
-                return [_asked_again(process) for process in started]
+                with asking:  # the router's own thread does too
+                    return [_asked_again(process) for process in started]
 
-        membership = Membership(table_from_groups(1, 1, per_layer, infos.values()), infos)
-        router = Router(config, lambda: membership, threads, connect)
+        table = table_from_groups(1, 1, per_layer, infos.values())
+        router = Router(config, lambda: Membership(table, {info.group: info for info in ask()}), threads, connect)
         stack.callback(router.close)
         yield router, ask
 
@@ -97,6 +98,7 @@ def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str
     settings["data_plane"] = {"secret": config.data_plane.secret}
     settings |= {"telemetry": QUIET, "expert_memory": config.expert_memory}
     settings |= {"predict_experts": config.predict_experts, "expert_reads": config.expert_reads}
+    settings["warm_up"] = config.warm_up
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.bench.engine", _GROUP, str(number), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -153,7 +155,8 @@ class Generator:
         self._count = 0
 
     def __call__(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        """``seconds`` until the last token of all; ``tokens``; and from the first token of the prompt that began last,
+        """``seconds`` until the last token of all; ``tokens``; when the first ones came (``first_s``, by
+        `time.perf_counter`); and from the first token of the prompt that began last,
         from when on every step only decodes, to its last: ``gaps_s`` between tokens, and ``stages_s`` of the steps."""
         started_s = time.perf_counter()
         deadline = Deadline.after(GENERATE_TIMEOUT_S)
@@ -172,6 +175,7 @@ class Generator:
             "tokens": [stream.tokens for stream in streams],
             "gaps_s": [later - earlier for earlier, later in itertools.pairwise(last.times_s)],
             "stages_s": last.stages_s,
+            "first_s": [stream.times_s[0] for stream in streams],
         }
 
 

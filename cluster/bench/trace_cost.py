@@ -23,7 +23,7 @@ from cluster.errors import InternalError, InvalidArgument
 
 OFF, ALL, CONTROL = "off", "all", "control"
 _RESAMPLES = 10_000
-_ORDERS = tuple(itertools.permutations((OFF, ALL, CONTROL)))
+ORDERS = tuple(itertools.permutations((OFF, ALL, CONTROL)))
 
 Progress = Callable[[str], None]
 
@@ -98,7 +98,7 @@ def measure(address: str, work: Work, progress: Progress) -> dict[str, Any]:
                 streams.round()
                 streams.round()
                 for number in range(work.pairs):
-                    for kind in _ORDERS[number % len(_ORDERS)]:
+                    for kind in ORDERS[number % len(ORDERS)]:
                         client.set_tracing(kind == ALL)
                         speeds[kind].append(streams.round())
                     if number % 5 == 4:

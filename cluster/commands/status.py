@@ -46,6 +46,10 @@ def _place(process: control_pb2.ProcessStatus) -> str:
     return f"on node {process.numa_node}{ratio}" if process.numa_node >= 0 else "not bound"
 
 
+def _phases(process: control_pb2.ProcessStatus) -> str:
+    return ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in process.startup)
+
+
 def _numbers(value: Any) -> Any:
     """64-bit integers, which protobuf writes as JSON strings, as numbers again."""
     if isinstance(value, dict):
@@ -124,6 +128,10 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
                 f"{sum(store.wasted_bytes) / mib:.0f} MiB for nothing",
                 markup=False,
             )
+    starts = [("router", reply.router), *((f"group {g.group}", g.process) for g in reply.groups)]
+    phases = "; ".join(f"{name} {_phases(process)}" for name, process in starts if process.startup)
+    if phases:
+        stdout.print(f"start: {phases}", markup=False)
     numa = [("router", reply.router), *((f"group {g.group}", g.process) for g in reply.groups)]
     places = ", ".join(f"{name} {_place(process)}" for name, process in numa)
     stdout.print(f"NUMA: {places}", markup=False)

@@ -12,17 +12,19 @@ import heapq
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from cluster.config import EngineConfig
-from cluster.core import Clock, FinishReason, Priority, Request
+from cluster.core import Clock, Priority, Request
 from cluster.engine.blocks import BlockPool, num_blocks_of
 from cluster.engine.events import EngineStats, Listener, TokenEvent
+from cluster.engine.live import Live
 from cluster.engine.sampler import Sampled, sample
-from cluster.engine.scheduler import Scheduled, Scheduler, Share
+from cluster.engine.scheduler import ColdCosts, Scheduled, Scheduler, Share
 from cluster.engine.text import TextStream, Tokenizer
 from cluster.errors import (
     Cancelled,
@@ -47,23 +49,12 @@ NOTED_EVENTS = 4
 Forward = Callable[[Sequence[Chunk], StepContext], torch.Tensor]
 
 
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A request in the engine."""
-
-    request: Request
-    listener: Listener
-    sequence: Scheduled
-    text: TextStream
-    account: RequestAccount
-    cancelled_at_step: int | None = None
-
-
 class Engine:
     """Step loop over ``forward``. Every request that `submit` accepts ends with exactly one last event.
 
     ``kv_bytes_per_token`` is what one token takes in all layers together. ``observer`` is told of every step;
-    the first ``detail_steps`` of a request that wants it are timed layer by layer.
+    the first ``detail_steps`` of a request that wants it are timed layer by layer. ``colds`` knows what prompts will
+    make groups load.
 
     Raises:
         ConfigError: engine.kv_cache_bytes is less than one block.
@@ -79,23 +70,26 @@ class Engine:
         clock: Clock = time.monotonic,
         observer: Observer | None = None,
         detail_steps: int = 8,
+        colds: ColdCosts | None = None,
     ) -> None:
         self._forward, self._tokenizer, self._clock, self._threads = forward, tokenizer, clock, threads
         self._observer, self._detail_steps = observer, detail_steps
         self._block_bytes = max(1, kv_bytes_per_token) * config.block_size
         self._pool = BlockPool(num_blocks_of(config, kv_bytes_per_token), config.block_size, config.prefix_caching)
         self._max_kv_tokens = self._pool.num_blocks * config.block_size
-        self._scheduler = Scheduler(config, self._pool, clock)
+        self._scheduler = Scheduler(config, self._pool, clock, colds)
+        self._colds = colds
+        self._fresh: deque[Scheduled] = deque()
         self._lock = threading.Condition()
-        self._live: dict[str, _Live] = {}
-        self._by_sequence: dict[Scheduled, _Live] = {}
+        self._live: dict[str, Live] = {}
+        self._by_sequence: dict[Scheduled, Live] = {}
         self._cancelled: set[str] = set()
         self._deadlines: list[tuple[float, str]] = []  # a heap; may name requests that have ended
         self._outbox: list[tuple[Listener, TokenEvent]] = []  # the engine thread's own
         self._closed = False
         self._stats = EngineStats()
         self._ledger = Ledger()
-        self._previous: list[_Live] = []  # in the step before
+        self._previous: list[Live] = []  # in the step before
         self._ended_s = self._settled_s = self._told_s = clock()
         self._progress_s = clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -120,11 +114,12 @@ class Engine:
                 f"{self._max_kv_tokens} (engine.kv_cache_bytes)",
             )
         text = TextStream(self._tokenizer, request.stop.stop_strings)
-        live = _Live(request, listener, sequence, text, RequestAccount(self._clock()))
+        live = Live(request, listener, sequence, text, RequestAccount(self._clock()))
         with self._lock:
             if self._closed:
                 raise Unavailable("the router is shutting down; retry elsewhere")
             self._scheduler.add(sequence)
+            self._fresh.append(sequence)
             self._live[request.request_id] = live
             self._by_sequence[sequence] = live
             heapq.heappush(self._deadlines, (request.deadline.at_s, request.request_id))
@@ -188,6 +183,7 @@ class Engine:
         if self._threads:
             torch.set_num_threads(self._threads)
         while not self._closed_and_told():
+            self._foresee()
             with self._lock:
                 started_s = self._progress_s = self._clock()
                 again = self._closed or bool(self._cancelled)  # came while events were handed out
@@ -203,6 +199,13 @@ class Engine:
                 self._step(step, shares, lives, started_s)
             elif not again:
                 self._leave_all()
+
+    def _foresee(self) -> None:
+        """What new prompts will want. Not under the lock: it asks a gate."""
+        while self._fresh:
+            sequence = self._fresh.popleft()
+            if self._colds is not None:
+                sequence.need = self._colds.need(sequence.request.prompt_ids)
 
     def _leave_all(self) -> None:
         """Nothing follows the last step at once."""
@@ -242,7 +245,7 @@ class Engine:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
             heapq.heapify(self._deadlines)
 
-    def _step(self, step: StepContext, shares: list[Share], lives: list[_Live], started_s: float) -> None:
+    def _step(self, step: StepContext, shares: list[Share], lives: list[Live], started_s: float) -> None:
         self._enter(lives, started_s)
         observer = self._observer
         before = self._ledger.brief() if observer is not None else self._ledger
@@ -258,7 +261,7 @@ class Engine:
             chosen = self._sample(step, shares, lives, logits_NV)
             emit_s = self._clock()
             events = [
-                self._advance(live, token, logits_NV[row]) if token is not None else None
+                live.next_event(token, logits_NV[row]) if token is not None else None
                 for row, (live, token) in enumerate(zip(lives, chosen, strict=True))
             ]
             ended_s = self._clock()
@@ -283,7 +286,7 @@ class Engine:
         if observer is not None:
             observer.step(self._record(step, trace, shares, lives, started_s, before))
         with self._lock:
-            self._scheduler.ran(shares)
+            self._scheduler.ran(shares, ended_s - started_s)
             for live, token, event in zip(lives, chosen, events, strict=True):
                 if token is not None:
                     live.account.token(self._ledger, ended_s)
@@ -295,7 +298,7 @@ class Engine:
                     self._scheduler.sampled(live.sequence, token.token)
                     self._outbox.append((live.listener, event))
 
-    def _enter(self, lives: list[_Live], started_s: float) -> None:
+    def _enter(self, lives: list[Live], started_s: float) -> None:
         """Books the time since the last step, for those who are in both, and lets the others leave or enter."""
         now = set(lives)
         for live in self._previous:
@@ -322,7 +325,7 @@ class Engine:
                 for event in worst:
                     live.account.note(event)
 
-    def _wants_detail(self, live: _Live) -> bool:
+    def _wants_detail(self, live: Live) -> bool:
         return live.request.trace_detail and live.account.steps <= self._detail_steps
 
     def _record(
@@ -330,7 +333,7 @@ class Engine:
         step: StepContext,
         trace: StepDetail | None,
         shares: list[Share],
-        lives: list[_Live],
+        lives: list[Live],
         started_s: float,
         before: Ledger,
     ) -> StepRecord:
@@ -355,7 +358,7 @@ class Engine:
         )
 
     def _sample(
-        self, step: StepContext, shares: list[Share], lives: list[_Live], logits_NV: torch.Tensor
+        self, step: StepContext, shares: list[Share], lives: list[Live], logits_NV: torch.Tensor
     ) -> list[Sampled | None]:
         started_s = self._clock()
         chosen: list[Sampled | None] = []
@@ -367,28 +370,12 @@ class Engine:
         step.ledger.add(Stage.SAMPLE, self._clock() - started_s)
         return chosen
 
-    def _advance(self, live: _Live, sampled: Sampled, logits_V: torch.Tensor) -> TokenEvent:
-        """The event of one more token; whether the sequence ends with it."""
-        stop = live.request.stop
-        finish: FinishReason | None = None
-        text = ""
-        if sampled.token in stop.stop_ids:
-            finish, text = FinishReason.STOP_ID, live.text.finish()
-        else:
-            text, stopped = live.text.push(sampled.token)
-            if stopped:
-                finish = FinishReason.STOP_STRING
-            elif live.sequence.num_generated + 1 >= stop.max_new_tokens:
-                finish, text = FinishReason.LENGTH, text + live.text.finish()
-        logits = logits_V.numpy().tobytes() if live.request.want_logits else b""
-        return TokenEvent(text, sampled, logits, finish)
-
-    def _end(self, live: _Live, event: TokenEvent | None = None, error: ExpertMeshError | None = None) -> None:
+    def _end(self, live: Live, event: TokenEvent | None = None, error: ExpertMeshError | None = None) -> None:
         self._live.pop(live.request.request_id, None)
         self._by_sequence.pop(live.sequence, None)
         self._scheduler.remove(live.sequence)
         live.account.end(self._ledger, self._ended_s if live.account.inside else self._clock())
-        live.account.preemptions, live.account.cached_tokens = live.sequence.preemptions, live.sequence.cached_tokens
+        live.close()
         if event is not None:
             self._stats.finished += 1
             last = replace(event, account=live.account)

@@ -9,6 +9,10 @@ for near deadlines. Short prompts overtake long ones, and nobody is overtaken fo
 belongs to the prefill that has waited longest; where places are few, so does the next one after three others were
 admitted before it.
 
+*Cold-aware.* Where experts are loaded when they are called for, what a prompt will probably make them load counts as
+tokens that take as long, less what prefills of the same step bring anyway: prompts that want the same experts go
+together, and those whose experts are there go first.
+
 *Lazy.* A sequence gets key-value blocks as it grows. When they run out, the running sequence that came last gives its
 blocks back, waits, and is computed again (preemption by recomputation). The sequence that came first never does, so
 something always goes on; and alone it fits, which the engine checks before it accepts a request.
@@ -20,7 +24,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cluster.config import EngineConfig
 from cluster.core import Clock, Request
@@ -35,6 +39,27 @@ _URGENT_S = 10.0
 """A deadline nearer than this makes a sequence more urgent, down to first of all."""
 _GROWTH_TOKENS = 1024
 """Room to grow in that a new run of blocks looks for: few answers are longer, and more would cost cached prefixes."""
+_COMPARED = 16
+"""So many prefills that are next in line are weighed by what they share with those of the step."""
+_SMOOTH = 1 / 8
+"""Weight of the newest step in what a prefill token takes."""
+
+
+class ColdCosts(Protocol):
+    """Who knows what prompts will make groups load. What a prompt needs is whatever `need` gives, None where nothing
+    can be cold."""
+
+    def need(self, prompt_ids: Sequence[int]) -> Any:
+        """What a prompt will probably want."""
+        ...
+
+    def cold_bytes(self, need: Any, beside: Sequence[Any] = ()) -> float:
+        """Bytes that will probably be loaded for it, and not for those beside it anyway."""
+        ...
+
+    def seconds(self, num_bytes: float) -> float:
+        """What loading so many bytes takes."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +75,10 @@ class Scheduled:
     preemptions: int = 0
     cached_tokens: int = 0
     """Of its prompt, found in the cache when it got its first place."""
+    need: Any = None
+    """What `ColdCosts.need` says of its prompt."""
+    cold_bytes: int = 0
+    """What it would probably make groups load, when it got its first place."""
     number: int = 0
     due_s: float = float("inf")
     came_s: float = 0.0
@@ -98,8 +127,9 @@ class Scheduler:
     ``pool`` must be able to hold any one sequence at its full length.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, clock: Clock) -> None:
-        self._config, self._pool, self._clock = config, pool, clock
+    def __init__(self, config: EngineConfig, pool: BlockPool, clock: Clock, colds: ColdCosts | None = None) -> None:
+        self._config, self._pool, self._clock, self._colds = config, pool, clock, colds
+        self._token_s = 0.0  # what a prefill token takes; 0 until one was seen
         # One token each must fit into a step, or running sequences would stall.
         self._max_running = min(config.max_running, config.step_token_budget)
         self._waiting: list[Scheduled] = []
@@ -148,10 +178,13 @@ class Scheduler:
         """One more token of the answer: the next step of the sequence starts from it."""
         sequence.tokens.append(token)
 
-    def ran(self, shares: Sequence[Share]) -> None:
-        """The step has run: its full blocks can be found by other sequences from now on. Without this call, as after a
-        step that failed, nothing of it is."""
+    def ran(self, shares: Sequence[Share], took_s: float = 0.0) -> None:
+        """The step has run, and took so long: its full blocks can be found by other sequences from now on. Without this
+        call, as after a step that failed, nothing of it is."""
         size = self._pool.block_size
+        num_tokens = sum(len(share.ids) for share in shares)
+        if took_s and num_tokens > len(shares):  # some of it is prefill
+            self._token_s += (took_s / num_tokens - self._token_s) * (_SMOOTH if self._token_s else 1.0)
         for sequence, ids, start, _, _, _ in shares:
             end = start + len(ids)
             if end // size > sequence.table.registered and sequence.running:
@@ -210,9 +243,8 @@ class Scheduler:
         order = [(True, self._score(sequence, now_s), sequence.number, sequence) for sequence in prefills]
         order += self._next_admissions(now_s)
         order.sort(key=lambda entry: entry[:3])
-        for _, _, _, sequence in order:
-            if budget <= 0:
-                break
+        while order and budget > 0:
+            sequence = order.pop(self._next_of(order, now_s))[3]
             if not sequence.running:
                 if full or len(self._running) >= self._max_running:
                     continue
@@ -232,12 +264,28 @@ class Scheduler:
         keys = [(s.preemptions == 0, self._score(s, now_s), s.number, s) for s in self._waiting]
         return heapq.nsmallest(places, keys, key=lambda entry: entry[:3]) if places < len(keys) else keys
 
-    @staticmethod
-    def _score(sequence: Scheduled, now_s: float) -> float:
-        """Lowest first: tokens to compute, over seconds waited, less the nearer the deadline is."""
-        left = len(sequence.tokens) - sequence.computed
+    def _next_of(self, order: Sequence[tuple[bool, float, int, Scheduled]], now_s: float) -> int:
+        """Which of the sorted prefills is next: the first, or one that is ahead of it for what it shares with those in
+        the step."""
+        if self._colds is None or len(order) == 1 or order[0][3].need is None:
+            return 0
+        beside = [s.need for s in self._taken if s.need is not None and not s.decoding]
+        if not beside:
+            return 0
+        near = [(entry[0], self._score(entry[3], now_s, beside), entry[2]) for entry in order[:_COMPARED]]
+        return near.index(min(near))
+
+    def _score(self, sequence: Scheduled, now_s: float, beside: Sequence[Any] = ()) -> float:
+        """Lowest first: tokens to compute and loads to wait for, over seconds waited, less the nearer the deadline."""
+        left = len(sequence.tokens) - sequence.computed + self._cold_tokens(sequence, beside)
         urgency = min(1.0, max(0.0, sequence.due_s - now_s) / _URGENT_S)
         return left * urgency / (_SETTLE_S + now_s - sequence.came_s)
+
+    def _cold_tokens(self, sequence: Scheduled, beside: Sequence[Any] = ()) -> float:
+        """Prefill tokens that take as long as what a prompt makes groups load."""
+        if self._colds is None or sequence.need is None or sequence.running or not self._token_s:
+            return 0.0
+        return self._colds.seconds(self._colds.cold_bytes(sequence.need, beside)) / self._token_s
 
     def _take(self, sequence: Scheduled, wanted: int, preempts: bool) -> int:
         """Puts up to ``wanted`` more tokens of a running sequence into the step, as far as there are blocks; how many.
@@ -271,6 +319,8 @@ class Scheduler:
         sequence.computed = pool.match(table, sequence.tokens, count=not sequence.preemptions)
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
+            if self._colds is not None and sequence.need is not None:
+                sequence.cold_bytes = round(self._colds.cold_bytes(sequence.need))
         self._waiting.remove(sequence)
         bisect.insort(self._running, sequence, key=_rank)
         sequence.running = True

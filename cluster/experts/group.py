@@ -30,6 +30,9 @@ from cluster.weights.kernels import SMALL_BYTES, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 
+WARM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Rows of one expert that a group computes once before it is ready."""
+
 
 class ExpertGroup:
     """Loads ``holdings`` (per MoE layer, sorted logical experts) and computes them.
@@ -80,8 +83,11 @@ class ExpertGroup:
         else:
             self.host = InlineHost(compute, notes=notes, observe=self._observe, on_order=self._order)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
-        self._warm_up(hidden_size, dtype)
-        started.done("warm_up", time.monotonic())
+        if config.warm_up:
+            self._warm_up(hidden_size, dtype)
+            started.done("experts", time.monotonic())
+            self._warm_up_shapes([sizes.index(size) for size in sorted(set(sizes))], hidden_size, dtype)
+            started.done("kernel_shapes", time.monotonic())
         give_back_memory()
         if binding is not None:
             binding.check()
@@ -97,6 +103,7 @@ class ExpertGroup:
             )
             self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers)
         started.done("servers", time.monotonic())
+        self._startup = started.seconds()
         self._dropper: LinkDropper | None = None
         if config.faults.group == group and config.faults.drop_links_s > 0 and listen:
             self._dropper = LinkDropper(self._drop_links, config.faults.drop_links_s)
@@ -128,6 +135,17 @@ class ExpertGroup:
             rows = LayerRows.of(torch.randn(1, hidden_size).to(dtype), [0] * count, experts, 1.0)
             self.bank.compute(layer, rows)
 
+    def _warm_up_shapes(self, layers: list[int], hidden_size: int, dtype: torch.dtype) -> None:
+        """Runs some layers with few rows and with many an expert: kernels are chosen, and some of them made, when they
+        first meet a number of rows."""
+        for layer in layers:
+            experts = self.bank.holdings[layer][:2]
+            for count in WARM_ROWS if experts else ():
+                hidden_TH = torch.randn(count, hidden_size).to(dtype)
+                pairs = [(row, expert) for row in range(count) for expert in experts]
+                rows = LayerRows.of(hidden_TH, [row for row, _ in pairs], [expert for _, expert in pairs], 0.5)
+                self.bank.compute(layer, rows)
+
     def info(self) -> GroupInfo:
         """What this group says of itself."""
         facts = process_facts()
@@ -152,6 +170,7 @@ class ExpertGroup:
             progress_age_s=self.host.progress_age_s(),
             numa_node=where.node,
             numa_local_ratio=where.local_ratio,
+            startup=self._startup,
         )
 
     def stuck_s(self) -> float:
@@ -183,6 +202,8 @@ class ExpertGroup:
             progress_age_s=store.progress_age_s(),
             direct=self.bank.reads_direct(),
             gap_s=store.residency.gap_s(),
+            expert_bytes=tuple(store.pool(layer).expert_bytes for layer in range(len(store.layers))),
+            resident_experts=store.resident_experts(),
         )
 
     def close(self) -> None:

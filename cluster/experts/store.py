@@ -133,6 +133,11 @@ class ExpertStore:
         with self._lock:
             return self.residency.num_resident()
 
+    def resident_experts(self) -> tuple[tuple[int, ...], ...]:
+        """Those in memory now, by MoE layer."""
+        with self._lock:
+            return tuple(tuple(np.flatnonzero(slot_E >= 0).tolist()) for slot_E in self._slot_LE)
+
     def capacity(self) -> int:
         """Experts that fit."""
         return sum(pool.slots for pool in self._pools())

@@ -14,7 +14,7 @@ import torch
 from cluster.core import Clock
 from cluster.errors import InternalError
 from cluster.model.ahead import AheadOfTime, shared_experts_of
-from cluster.model.gates import Gates
+from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk, Layers, PackedBatch, PackedCache, Step, stepping
@@ -128,12 +128,32 @@ class Trunk:
             if choice is not None:
                 self._prewarm.order(self._step, 0, *choice)
 
+    @torch.inference_mode()
+    def first_choice(self, ids: Sequence[int]) -> Choice | None:
+        """What some tokens of a prompt would choose in the first MoE layer if nothing lay before it; None where its
+        gate is not known."""
+        return self.gates.foresee(0, self.model.get_input_embeddings()(torch.tensor(ids, device=self.device)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have an embedding."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
     def follow(self, prewarm: Prewarm | None) -> None:
         """From now on ``prewarm`` is told, as layers are called, of experts that the next layers will probably want;
         None: nobody is. Layers whose gates `learn_gates` did not find are left out. Not while a step runs."""
         self._prewarm = prewarm
         if prewarm is not None:
             self.gates.follow(self._begin)
+
+    def without_experts(self, chunks: Sequence[Chunk], step: StepContext) -> None:
+        """One step in which every expert answers nothing and no group is asked."""
+        dispatch = self._dispatch
+        self._dispatch = lambda _step, _layer, hidden_TH, *_rest: torch.zeros_like(hidden_TH)
+        try:
+            self.forward(chunks, step)
+        finally:
+            self._dispatch = dispatch
 
     def learn_gates(self, chunks: Sequence[Chunk], step: StepContext) -> None:
         """One step in which the gates of all layers are found."""

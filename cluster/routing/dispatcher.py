@@ -37,6 +37,9 @@ from cluster.transport.base import LayerReply
 
 log = logging.getLogger(__name__)
 
+Counter = Callable[[int, Ints, int], None]
+"""(MoE layer, logical expert of each pair, number of tokens), of every layer call."""
+
 RETRY_PAUSE_S = 0.05
 _RETRIED = (Unavailable, MissingExperts, Overloaded, DeadlineExceeded)
 
@@ -64,7 +67,9 @@ class Dispatcher:
         group_wait_s: float,
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        count: Counter | None = None,
     ) -> None:
+        self._count = count
         self._fabric, self._dtype, self._clock, self._sleep = fabric, dtype, clock, sleep
         self._call_timeout_s, self._group_wait_s = call_timeout_s, group_wait_s
         self._call_ids = itertools.count(1)
@@ -93,6 +98,8 @@ class Dispatcher:
         rows_P = np.repeat(np.arange(num_tokens), experts_per_token)
         experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
         weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
+        if self._count is not None:
+            self._count(layer, experts_P, num_tokens)
         local_TH = hidden_TH.to(self._dtype)
         parts = split(self._fabric.owners(layer)[1], local_TH, rows_P, experts_P, weight_P, experts_per_token)
         times = LayerTimes(layer, started_s) if step.detail is not None else None

@@ -32,11 +32,18 @@ RETRY_S = 0.2
 class Fabric:
     """Table and links. Thread-safe: the engine thread dispatches while the refresh thread follows the coordinator.
 
-    ``fetch()`` returns the coordinator's membership or raises; ``connect(info, deadline)`` makes a link.
+    ``fetch()`` returns the coordinator's membership or raises; ``connect(info, deadline)`` makes a link; ``follower``
+    is told of each membership that is taken.
     """
 
-    def __init__(self, fetch: FetchMembership, connect: Connect, clock: Clock = time.monotonic) -> None:
-        self._fetch, self._connect, self._clock = fetch, connect, clock
+    def __init__(
+        self,
+        fetch: FetchMembership,
+        connect: Connect,
+        clock: Clock = time.monotonic,
+        follower: Callable[[Membership], None] | None = None,
+    ) -> None:
+        self._fetch, self._connect, self._clock, self._follower = fetch, connect, clock, follower
         self._lock = threading.RLock()
         self._membership = Membership(PlacementTable(0, 0, ()))
         self._links: dict[GroupId, Transport] = {}
@@ -99,6 +106,8 @@ class Fabric:
             self._stores, self._depth = frozenset(stores), look_ahead(stores.values())
             for group in [g for g in self._links if self._stale(g)]:
                 self._drop(group)
+        if self._follower is not None:
+            self._follower(membership)
 
     def _stale(self, group: GroupId) -> bool:
         info = self._membership.groups.get(group)

@@ -71,6 +71,8 @@ class RequestAccount:
     steps: int = 0
     preemptions: int = 0
     cached_tokens: int = 0
+    cold_bytes: int = 0
+    """Of experts that it would probably make groups load, when it got its place."""
     tokens: array[float] = field(default_factory=lambda: array("d"))
     windows: list[Window] = field(default_factory=list)
     events: list[StepEvent] = field(default_factory=list)

@@ -94,6 +94,10 @@ class PhaseRecord:
         begun_s = self.phases[-1][2] if self.phases else self.since_s
         self.phases.append((phase, begun_s, now_s))
 
+    def seconds(self) -> tuple[tuple[str, float], ...]:
+        """What each phase took."""
+        return tuple((phase, end_s - begin_s) for phase, begin_s, end_s in self.phases)
+
 
 class Observer(Protocol):
     """Whoever is told. Nothing here may block or raise: the engine and the front door call it."""

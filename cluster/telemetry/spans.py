@@ -156,6 +156,7 @@ class SpanMaker:
             "moe.steps": account.steps,
             "moe.preemptions": account.preemptions,
             "moe.prefix.cached_tokens": account.cached_tokens,
+            "moe.cold.expected_bytes": account.cold_bytes,
         }
         if account.step_links:
             found["moe.step.traces"] = account.step_links

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from cluster.__main__ import main
 
 COMMAND = [sys.executable, "-m", "cluster"]
 START_S, STOP_S = 240.0, 90.0
@@ -28,6 +32,23 @@ def free_port() -> int:
 def run(*arguments: str, timeout_s: float = START_S) -> subprocess.CompletedProcess[str]:
     """One command to its end."""
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """One command in this process, which has imported everything already: for those that end before they start any."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    status: int | str | None = 0
+    sys.argv = ["expertmesh", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as exc:
+                status = exc.code
+    finally:
+        sys.argv = argv
+    assert isinstance(status, int), status
+    return subprocess.CompletedProcess(["expertmesh", *arguments], status, out.getvalue(), err.getvalue())
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bench import first, pairs
 from cluster.bench.cold import Load as ColdLoad
 from cluster.bench.cold import measure as measure_cold
 from cluster.bench.compare import GROUPS, INPROC, Load, measure
@@ -15,6 +16,8 @@ from cluster.bench.peers import environments
 from cluster.bench.peers.environments import prepare
 from cluster.errors import InternalError, InvalidArgument
 from tests.conftest import MakeTiny
+from tests.door import Door
+from tests.systems import in_process_router
 
 
 def settings(path: Path, groups: int) -> dict[str, object]:
@@ -120,3 +123,29 @@ def test_bench_cold_says_what_prediction_costs_where_everything_fits(tiny: MakeT
     assert full["pairs"] == 2
     low, high = full["prediction_cost_ci"]
     assert low <= full["prediction_cost_percent"] <= high
+
+
+@pytest.mark.full
+def test_bench_first_starts_systems_with_and_without_warm_up(tiny: MakeTiny) -> None:
+    result = first.measure(tiny("qwen3_moe"), 1, "all", first.Work(starts=1, requests=2, prompt=5), lambda _: None)
+    for kind in (first.WARM, first.COLD):
+        row = result[kind]
+        assert row["ratio_p50"] == row["ratios"][0] == row["first_ttft_ms"][0] / row["next_ttft_p50_ms"][0] > 0
+
+
+def test_bench_pairs_asks_two_servers_in_turns(tiny: MakeTiny) -> None:
+    door, other = Door(), Door()
+    with in_process_router(tiny("qwen3_moe")) as router, in_process_router(tiny("mixtral")) as different:
+        door.open(router)
+        other.open(different)
+        work = pairs.Work(pairs=2, streams=2, requests=2, prompt=4, new=2)
+        with pytest.raises(InvalidArgument, match="SECOND"):
+            pairs.measure(door.address, other.address, work, lambda _: None)
+        before = router.engine.stats().finished
+        result = pairs.measure(door.address, door.address, work, lambda _: None)
+        assert router.engine.stats().finished - before == (4 + 2 * 3) * work.requests
+        for each in (door, other):
+            each.close()
+    assert result["pairs"] == 2
+    assert result["first_tokens_per_s"] > 0
+    assert result["cost_ci"][0] <= result["cost_percent"] <= result["cost_ci"][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import time
 from collections.abc import Iterator
@@ -18,11 +19,14 @@ from grpc_status import rpc_status
 from transformers import AutoModelForCausalLM
 
 from cluster.api.client import Client, Refused
+from cluster.api.router import Router
 from cluster.bench.reference import Reference
 from cluster.bench.verify import Load, ask, compare, problems
-from cluster.core import Deadline, LayerCall
+from cluster.core import Deadline, LayerCall, Request, SamplingParams, StopParams
+from cluster.engine.events import TokenEvent
 from cluster.errors import Unavailable
 from cluster.rpc.v1 import inference_pb2 as pb
+from cluster.telemetry.account import RequestAccount
 from cluster.transport.base import LayerRows, PendingReply, Transport
 from tests.conftest import MakeTiny
 from tests.door import Door
@@ -221,3 +225,33 @@ def test_verify_sees_a_planted_error(kind: str, tiny: MakeTiny) -> None:
     report = compare(Reference(path, torch.float32), answers, load.tokens)
     found = problems({**report, "max_batch": status.engine.max_batch}, load)
     assert bool(found) == (kind != "nothing"), found
+
+
+def test_status_tells_of_stores_and_starts_and_requests_of_expected_loads(tiny: MakeTiny) -> None:
+    door = Door()
+    with in_process_router(tiny("qwen3_moe"), expert_memory="150K") as router:
+        door.open(router)
+        with Client(door.address) as client:
+            list(client.generate(request([5, 6, 7])))
+            router.fabric.refresh()
+            status = client.status()
+        account = _account_of(router, [9, 8, 7, 6])
+        door.close()
+    for group in status.groups:
+        store = group.store
+        assert len(store.expert_bytes) == len(store.resident_by_layer) == len(group.holdings)
+        assert 0 < sum(store.resident_by_layer) == store.resident <= store.capacity
+        assert [phase.name for phase in group.process.startup] == ["weights", "experts", "kernel_shapes", "servers"]
+    assert [phase.name for phase in status.router.startup] == ["weights", "links", "first_step", "warm_up"]
+    assert all(phase.seconds > 0 for phase in status.router.startup)
+    size = status.groups[0].store.expert_bytes[0]
+    assert account.cold_bytes > size, "half of the experts are cold"
+
+
+def _account_of(router: Router, prompt: list[int]) -> RequestAccount:
+    ended: queue.Queue[TokenEvent] = queue.Queue()
+    wanted = Request("r", tuple(prompt), SamplingParams(), StopParams(2), Deadline.after(SOON))
+    router.engine.submit(wanted, lambda event: ended.put(event) if event.last else None)
+    account = ended.get(timeout=SOON).account
+    assert account is not None
+    return account

@@ -128,6 +128,7 @@ class ProcessStatus(_message.Message):
     ANONYMOUS_BYTES_FIELD_NUMBER: _builtins.int
     NUMA_NODE_FIELD_NUMBER: _builtins.int
     NUMA_LOCAL_RATIO_FIELD_NUMBER: _builtins.int
+    STARTUP_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     """Operating-system process id, and the host it runs on."""
     host: _builtins.str
@@ -141,6 +142,10 @@ class ProcessStatus(_message.Message):
     """NUMA node that it is bound to; -1 where it is not."""
     numa_local_ratio: _builtins.float
     """Share of its anonymous memory that lies on the node where it belongs. Unset where nobody knows."""
+    @_builtins.property
+    def startup(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartPhase]:
+        """What its start took, phase by phase."""
+
     def __init__(
         self,
         *,
@@ -152,16 +157,40 @@ class ProcessStatus(_message.Message):
         anonymous_bytes: _builtins.int = ...,
         numa_node: _builtins.int = ...,
         numa_local_ratio: _builtins.float | None = ...,
+        startup: _abc.Iterable[Global___StartPhase] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio", "numa_local_ratio", b"numa_local_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio", "anonymous_bytes", b"anonymous_bytes", "device", b"device", "host", b"host", "numa_local_ratio", b"numa_local_ratio", "numa_node", b"numa_node", "pid", b"pid", "rss_bytes", b"rss_bytes", "visible_devices", b"visible_devices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio", "anonymous_bytes", b"anonymous_bytes", "device", b"device", "host", b"host", "numa_local_ratio", b"numa_local_ratio", "numa_node", b"numa_node", "pid", b"pid", "rss_bytes", b"rss_bytes", "startup", b"startup", "visible_devices", b"visible_devices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__numa_local_ratio: _TypeAlias = _typing.Literal["numa_local_ratio"]  # noqa: Y015
     _WhichOneofArgType__numa_local_ratio: _TypeAlias = _typing.Literal["_numa_local_ratio", b"_numa_local_ratio"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__numa_local_ratio) -> _WhichOneofReturnType__numa_local_ratio | None: ...
 
 Global___ProcessStatus: _TypeAlias = ProcessStatus  # noqa: Y015
+
+@_typing.final
+class StartPhase(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as "weights" or "warm_up"; and how long it took."""
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartPhase: _TypeAlias = StartPhase  # noqa: Y015
 
 @_typing.final
 class LayerHoldings(_message.Message):
@@ -274,6 +303,10 @@ class ExpertStoreStatus(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
     WASTED_BYTES_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
+    GAP_S_FIELD_NUMBER: _builtins.int
+    EXPERT_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_BY_LAYER_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """Budget, bytes; experts in memory, and that fit."""
     resident: _builtins.int
@@ -288,6 +321,10 @@ class ExpertStoreStatus(_message.Message):
     """Seconds since the loading thread's last progress."""
     ahead: _builtins.int
     """Loads that were done before a call asked."""
+    direct: _builtins.bool
+    """Experts are read past the page cache."""
+    gap_s: _builtins.float
+    """Seconds from one layer's call to the next one's, on average."""
     @_builtins.property
     def stalls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Since the start, by MoE layer: calls that waited for experts. And the seconds of all of them."""
@@ -304,6 +341,12 @@ class ExpertStoreStatus(_message.Message):
     def late(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def wasted_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def expert_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """By MoE layer: bytes of one expert, and experts in memory now."""
+
+    @_builtins.property
+    def resident_by_layer(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -322,10 +365,14 @@ class ExpertStoreStatus(_message.Message):
         hits: _abc.Iterable[_builtins.int] | None = ...,
         late: _abc.Iterable[_builtins.int] | None = ...,
         wasted_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        direct: _builtins.bool = ...,
+        gap_s: _builtins.float = ...,
+        expert_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        resident_by_layer: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "budget_bytes", b"budget_bytes", "capacity", b"capacity", "evictions", b"evictions", "found", b"found", "hits", b"hits", "late", b"late", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "stalled_s", b"stalled_s", "stalls", b"stalls", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "budget_bytes", b"budget_bytes", "capacity", b"capacity", "direct", b"direct", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "found", b"found", "gap_s", b"gap_s", "hits", b"hits", "late", b"late", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "loads_s", b"loads_s", "progress_age_s", b"progress_age_s", "resident", b"resident", "resident_by_layer", b"resident_by_layer", "stalled_s", b"stalled_s", "stalls", b"stalls", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
