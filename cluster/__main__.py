@@ -20,6 +20,7 @@ from cluster.commands import (
     demo,
     generate,
     numa,
+    plan,
     serve,
     status,
     trace,
@@ -62,6 +63,12 @@ app.command(epilog=_examples("expertmesh demo", 'expertmesh demo --prompt "And G
 zoo_app.command("list")(zoo.zoo_list)
 zoo_app.command("make", epilog=_examples("expertmesh zoo make --arch mixtral --out /tmp/mixtral"))(zoo.zoo_make)
 app.add_typer(zoo_app, name="zoo")
+app.command(
+    epilog=_examples(
+        "expertmesh plan --loads loads.json --groups 3 --slots 36 --mode survivable",
+        "expertmesh plan --loads loads.json --groups 32 --slots 288 --hosts 4 --expert-groups 8 --json",
+    )
+)(plan.plan)
 trace_app.command("list", epilog=_examples("expertmesh trace list", "expertmesh trace list --slowest --last 5"))(
     trace.trace_list
 )

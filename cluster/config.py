@@ -150,6 +150,8 @@ class Config:
     """Checkpoint directory in the Hugging Face layout."""
     groups: int = 2
     """Expert groups; 0 keeps all experts in the router's process."""
+    copies: int = 1
+    """Groups that hold each expert: with 2, any one group may be gone and nothing is missing."""
     dtype: str = "auto"
     """auto is the checkpoint's dtype on GPUs and fp32 on CPUs."""
     expert_dtype: str = "auto"
@@ -203,6 +205,7 @@ class Config:
         self._check_transport()
         self.memory_bytes()
         _at_least("groups", self.groups, 0)
+        _at_least("copies", self.copies, 1)
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)

@@ -11,7 +11,7 @@ import torch
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.placement.planner import Holdings, plan_blocks
+from cluster.placement.planner import Holdings, plan_copies
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import resolve_dtype
 from cluster.weights.footprint import Footprint, available_bytes, footprints
@@ -54,7 +54,7 @@ def make_plan(config: Config) -> Plan:
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))
     experts_per_layer = tuple(layer.num_experts for layer in weights.skeleton.moe_layers)
-    holdings = tuple(plan_blocks(experts_per_layer, max(1, config.groups)))
+    holdings = tuple(plan_copies(experts_per_layer, max(1, config.groups), config.copies))
     return _with_sizes(Plan(config, experts_per_layer, holdings, ()), weights, dtype)
 
 

@@ -26,6 +26,7 @@ from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
 from cluster.model.trunk import Prewarm, Trunk
 from cluster.placement.binding import Binding, Where, numa_attributes
+from cluster.routing.caller import Caller
 from cluster.routing.coldness import Coldness
 from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
@@ -84,11 +85,11 @@ class Router:
         self.fabric = Fabric(
             fetch, local_links or self._connector(), follower=lambda now: coldness.follow(now.groups.values())
         )
+        self._caller = Caller(self.fabric, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
         dispatcher = Dispatcher(
             self.fabric,
             dtype,
-            config.data_plane.call_timeout_s,
-            config.data_plane.group_wait_s,
+            self._caller,
             count=coldness.called,
         )
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
@@ -229,6 +230,16 @@ class Router:
                 preemptions=stats.preemptions,
                 prompt_tokens=stats.prompt_tokens,
                 prefix_hit_tokens=stats.prefix_hit_tokens,
+            )
+        )
+        caller = self._caller
+        reply.dispatch.CopyFrom(
+            control_pb2.DispatchStatus(
+                calls=caller.speeds.calls,
+                resent=caller.resent_calls,
+                hedged=caller.speeds.hedges,
+                hedges_won=caller.hedges_won,
+                suspects=self.fabric.suspects(),
             )
         )
         reply.loops.add(name="fabric", progress_age_s=self.fabric.progress_age_s())

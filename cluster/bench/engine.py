@@ -29,7 +29,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.events import TokenEvent
 from cluster.errors import InternalError
 from cluster.experts.group import ExpertGroup
-from cluster.placement.planner import plan_blocks, table_from_groups
+from cluster.placement.planner import plan_copies, table_from_groups
 from cluster.transport.base import Transport
 from cluster.transport.inproc import InprocTransport
 from cluster.weights.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def system_of(config: Config) -> Iterator[tuple[Router, Callable[[], list[GroupI
     checkpoint = Checkpoint(config.model)
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
     per_layer = [layer.num_experts for layer in weights.skeleton.moe_layers]
-    holdings = plan_blocks(per_layer, max(1, config.groups))
+    holdings = plan_copies(per_layer, max(1, config.groups), config.copies)
     threads = config.threads or cores()
     with ExitStack() as stack:
         connect: Callable[[GroupInfo, Deadline], Transport] | None = None
@@ -98,7 +98,7 @@ def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str
     settings["data_plane"] = {"secret": config.data_plane.secret}
     settings |= {"telemetry": QUIET, "expert_memory": config.expert_memory}
     settings |= {"predict_experts": config.predict_experts, "expert_reads": config.expert_reads}
-    settings["warm_up"] = config.warm_up
+    settings |= {"warm_up": config.warm_up, "copies": config.copies}
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.bench.engine", _GROUP, str(number), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -136,7 +136,8 @@ def _asked_again(process: subprocess.Popen[str]) -> GroupInfo:
 def _serve_group(number: int, config: Config) -> None:
     checkpoint = Checkpoint(config.model)
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
-    holdings = plan_blocks([layer.num_experts for layer in weights.skeleton.moe_layers], config.groups)
+    per_layer = [layer.num_experts for layer in weights.skeleton.moe_layers]
+    holdings = plan_copies(per_layer, config.groups, config.copies)
     threads = config.threads or max(1, cores() // config.groups)
     group = ExpertGroup(number, holdings[number], config, threads)
     while True:

@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 def serve(
     model: Annotated[str | None, typer.Option(help="Checkpoint directory; the embedded model by default.")] = None,
     groups: Annotated[int | None, typer.Option(help="Expert groups; 0 keeps all experts in the router.")] = None,
+    copies: Annotated[int | None, typer.Option(help="Groups that hold each expert; 2: any one may die.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; a local one is started by default.")] = None,
     config: ConfigFile = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT for clients.")] = None,
@@ -40,6 +41,7 @@ def serve(
     flags = {
         "model": model,
         "groups": groups,
+        "copies": copies,
         "address": address,
         "listen": listen,
         "front_door": front_door,

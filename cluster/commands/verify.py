@@ -16,6 +16,7 @@ from cluster.config import EMBEDDED_MODEL, Config, load_config
 def verify(
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint directory; repeatable.")] = None,
     groups: Annotated[list[int] | None, typer.Option(help="Expert groups; repeatable.")] = None,
+    copies: Annotated[int, typer.Option(help="Groups that hold each expert.")] = 1,
     transport: Annotated[
         str, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
     ] = "auto",
@@ -57,7 +58,7 @@ def verify(
     load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed, shared_prefix)
     listen = "127.0.0.1:0" if front_door == "router" else DEFAULT_SERVER
     flags = {"dtype": "fp32", "verify": True, "front_door": front_door, "listen": listen, "address": address}
-    flags |= {"expert_dtype": expert_dtype, "expert_memory": expert_memory}
+    flags |= {"expert_dtype": expert_dtype, "expert_memory": expert_memory, "copies": copies}
 
     def settings(path: str, count: int, kinds: str) -> Config:
         return load_config(config, flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds}})

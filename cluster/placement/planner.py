@@ -29,6 +29,26 @@ def plan_blocks(experts_per_layer: Sequence[int], num_groups: int) -> list[Holdi
     ]
 
 
+def plan_copies(experts_per_layer: Sequence[int], num_groups: int, copies: int) -> list[Holdings]:
+    """As `plan_blocks`, with each expert in ``copies`` groups: a block's further copies are dealt out to all other
+    groups in turn, so that when one group is gone its load is everybody's.
+
+    Raises:
+        ConfigError: as `plan_blocks`; or more copies than groups.
+    """
+    blocks = plan_blocks(experts_per_layer, num_groups)
+    if not 1 <= copies <= num_groups:
+        raise ConfigError(f"copies: got {copies}; must be from 1 to the number of groups, {num_groups}")
+    held = [[set(experts) for experts in holdings] for holdings in blocks]
+    for group, holdings in enumerate(blocks):
+        for layer, experts in enumerate(holdings):
+            for place, expert in enumerate(experts):
+                for copy in range(copies - 1):
+                    step = (place + copy) % (num_groups - 1)
+                    held[(group + 1 + step) % num_groups][layer].add(expert)
+    return [tuple(tuple(sorted(experts)) for experts in holdings) for holdings in held]
+
+
 def owners_from_holdings(
     experts_per_layer: Sequence[int], holdings: Mapping[GroupId, Sequence[Iterable[int]]]
 ) -> tuple[tuple[tuple[GroupId, ...], ...], ...]:

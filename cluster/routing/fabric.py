@@ -5,25 +5,28 @@ Where tables come from and how links are made is given to the constructor; nothi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
-from cluster.core import Clock, Deadline, GroupId, GroupInfo, Membership, PlacementTable
-from cluster.errors import ExpertMeshError, LinkBroken, Unavailable
+from cluster.core import Clock, Deadline, GroupId, GroupInfo, LayerCall, Membership, PlacementTable
+from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, Overloaded, Unavailable
+from cluster.routing.choice import LayerCopies, Owners
 from cluster.routing.prediction import look_ahead
-from cluster.transport.base import Transport
+from cluster.transport.base import LayerRows, Transport
 from cluster.transport.link import Link, LinkStatus
 
 log = logging.getLogger(__name__)
 
 FetchMembership = Callable[[], Membership]
 Connect = Callable[[GroupInfo, Deadline], Transport]
-Owners = np.ndarray[Any, np.dtype[np.int64]]
+PROBE_PERIOD_S, PROBE_TIMEOUT_S = 0.25, 1.0
 CONNECT_TIMEOUT_S = 5.0
 REFRESH_PERIOD_S = 1.0
 RETRY_S = 0.2
@@ -48,11 +51,14 @@ class Fabric:
         self._membership = Membership(PlacementTable(0, 0, ()))
         self._links: dict[GroupId, Transport] = {}
         self._incarnations: dict[GroupId, str] = {}
-        self._owner_LE: list[Owners] = []
+        self._copies: dict[tuple[int, GroupId], LayerCopies] = {}
+        self._suspects: dict[GroupId, Any] = {}
+        self.has_copies = False
         self._last_owner_LE: list[Owners] = []
         self._stores: frozenset[GroupId] = frozenset()
         self._depth = 0
         self._reconnects: dict[GroupId, int] = {}
+        self._probes = itertools.count(1 << 62)  # ids that no other call has
         self._progress_s = clock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -93,19 +99,20 @@ class Fabric:
                 return
             if membership.table != self._membership.table:
                 # A plain loop over the table once per version; the dispatcher then only indexes arrays.
-                self._owner_LE = [
+                owner_LE = [
                     np.array([groups[0] if groups else -1 for groups in experts], dtype=np.int64)
                     for experts in membership.table.owners
                 ]
-                known = self._last_owner_LE or self._owner_LE
-                self._last_owner_LE = [
-                    np.where(now >= 0, now, then) for now, then in zip(self._owner_LE, known, strict=True)
-                ]
+                known = self._last_owner_LE or owner_LE
+                self._last_owner_LE = [np.where(now >= 0, now, then) for now, then in zip(owner_LE, known, strict=True)]
+                self.has_copies = any(len(groups) > 1 for experts in membership.table.owners for groups in experts)
+                self._copies = {}
             self._membership = membership
             stores = {info.group: info.store for info in membership.groups.values() if info.store is not None}
             self._stores, self._depth = frozenset(stores), look_ahead(stores.values())
             for group in [g for g in self._links if self._stale(g)]:
                 self._drop(group)
+                self._doubt(group, None)
         if self._follower is not None:
             self._follower(membership)
 
@@ -118,11 +125,11 @@ class Fabric:
         self._incarnations.pop(group, None)
 
     def _follow(self) -> None:
-        while not self._stop.wait(REFRESH_PERIOD_S):
+        while not self._stop.wait(PROBE_PERIOD_S if self._suspects else REFRESH_PERIOD_S):
             try:
                 self.refresh()
                 for group in list(self.membership.groups):
-                    self.link(group)
+                    self._reach(group)
             except ExpertMeshError as exc:
                 log.warning("placement refresh: %s", exc)
             except Exception:
@@ -136,14 +143,78 @@ class Fabric:
         with self._lock:
             return self._membership
 
-    def owners(self, layer: int) -> tuple[PlacementTable, Owners]:
-        """The table in use, and the group of each logical expert of the layer, int64 [E] (-1: no living copy)."""
+    def choose(self, layer: int, experts_P: Owners, decode: bool, cost: Mapping[GroupId, float]) -> Owners:
+        """Whom to ask for each logical expert of the layer, int64 [E] (-1: no living copy): see `LayerCopies`. Groups
+        that are doubted only where nobody else holds the expert."""
+        return self._layer(layer).choose(experts_P, decode, cost)
+
+    def covered(self, layer: int, experts_P: Any, group: GroupId) -> bool:
+        """All of these experts have a living copy elsewhere."""
+        return bool((self.elsewhere(layer, group)[experts_P] >= 0).all())
+
+    def elsewhere(self, layer: int, group: GroupId) -> Owners:
+        """Whom to ask for each expert instead of a group, int64 [E]; -1 where there is nobody."""
+        return self._layer(layer, group).owner_E
+
+    def _layer(self, layer: int, without: GroupId = -1) -> LayerCopies:
         with self._lock:
-            return self._membership.table, self._owner_LE[layer]
+            key = layer, without
+            found = self._copies.get(key)
+            if found is None:
+                owners = []
+                for groups in self._membership.table.owners[layer]:
+                    living = [group for group in groups if group != without]
+                    trusted = [group for group in living if group not in self._suspects]
+                    # Who is doubted may still be all there is; but nobody is sent from one doubted group to another.
+                    owners.append(trusted or (living if without < 0 else []))
+                found = self._copies[key] = LayerCopies(owners)
+            return found
 
     def num_experts(self, layer: int) -> int:
         """Logical experts of a layer."""
-        return len(self._owner_LE[layer])
+        return len(self._last_owner_LE[layer])
+
+    def suspect(self, group: GroupId, hidden_TH: torch.Tensor) -> None:
+        """A group did not answer: it is asked again, while others hold its experts, only after it has answered a probe
+        of one such row."""
+        with self._lock:
+            self._doubt(group, hidden_TH[:1].clone())
+
+    def suspects(self) -> list[GroupId]:
+        """Groups that are doubted."""
+        with self._lock:
+            return sorted(self._suspects)
+
+    def _doubt(self, group: GroupId, row_1H: torch.Tensor | None) -> None:
+        if self.has_copies:
+            if row_1H is not None or group not in self._suspects:
+                self._suspects[group] = row_1H
+            self._copies = {}
+
+    def _reach(self, group: GroupId) -> None:
+        """Sees to it that there is a link to a group, and that it answers if that is in doubt."""
+        try:
+            link = self.link(group)
+            if group not in self._suspects:
+                return
+            row_1H, info = self._suspects[group], self._membership.groups.get(group)
+            if row_1H is not None and info is not None:
+                layer, experts = next((i, held) for i, held in enumerate(info.holdings) if held)
+                rows = LayerRows.of(row_1H, [0], experts[:1], 0.0)
+                call = LayerCall(next(self._probes), 0, layer, 0, 0, timeout_ms=int(PROBE_TIMEOUT_S * 1000))
+                pending = link.submit(call, rows, Deadline.after(PROBE_TIMEOUT_S, self._clock))
+                try:
+                    pending.wait(Deadline.after(PROBE_TIMEOUT_S, self._clock))
+                finally:
+                    if not pending.done():
+                        link.cancel(pending)
+        except (Unavailable, DeadlineExceeded, Overloaded) as exc:
+            log.info("group %d does not answer yet: %s", group, exc)
+            return
+        with self._lock:
+            self._suspects.pop(group, None)
+            self._copies = {}
+        log.warning("group %d answers again", group)
 
     def store_links(self) -> list[Transport]:
         """Links that are up to groups that load experts when they are called for."""

@@ -126,6 +126,10 @@ class PendingReply:
         """True once a reply or an error is set."""
         return self._done
 
+    def failed(self) -> bool:
+        """True once an error is set."""
+        return self._done and self._error is not None
+
     def compute_s(self) -> float:
         """What the reply says of computing, loads included; 0 while there is none."""
         return 0.0 if self._reply is None else self._reply.compute_s + self._reply.load_s

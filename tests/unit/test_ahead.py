@@ -13,6 +13,7 @@ from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
 from cluster.model.trunk import Trunk
 from cluster.placement.planner import plan_blocks, table_from_groups
+from cluster.routing.caller import Caller
 from cluster.routing.dispatcher import Dispatcher, StepContext
 from cluster.routing.fabric import Fabric
 from cluster.transport.inproc import InprocTransport
@@ -89,7 +90,7 @@ def test_models_overlap_where_their_code_allows(arch: str, overlaps: bool, tiny:
     fabric = Fabric(lambda: Membership(table_from_groups(1, 1, per_layer, infos.values()), infos), link)
     fabric.refresh()
     ahead: list[AheadOfTime] = []
-    dispatcher = Dispatcher(fabric, torch.float32, 10.0, 1.0)
+    dispatcher = Dispatcher(fabric, torch.float32, Caller(fabric, 10.0, 1.0))
 
     def dispatch(step: StepContext, layer: int, *tensors: torch.Tensor, **_: object) -> torch.Tensor:
         *given, meanwhile = tensors

@@ -421,6 +421,43 @@ class LinkReport(_message.Message):
 Global___LinkReport: _TypeAlias = LinkReport  # noqa: Y015
 
 @_typing.final
+class DispatchStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    RESENT_FIELD_NUMBER: _builtins.int
+    HEDGED_FIELD_NUMBER: _builtins.int
+    HEDGES_WON_FIELD_NUMBER: _builtins.int
+    SUSPECTS_FIELD_NUMBER: _builtins.int
+    calls: _builtins.int
+    """Layer calls sent since the start; of them sent again after a failure, and sent to a second copy before the first one
+    had answered (and how often that answered first).
+    """
+    resent: _builtins.int
+    hedged: _builtins.int
+    hedges_won: _builtins.int
+    @_builtins.property
+    def suspects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Groups that did not answer lately: others are asked while they hold the same experts."""
+
+    def __init__(
+        self,
+        *,
+        calls: _builtins.int = ...,
+        resent: _builtins.int = ...,
+        hedged: _builtins.int = ...,
+        hedges_won: _builtins.int = ...,
+        suspects: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "hedged", b"hedged", "hedges_won", b"hedges_won", "resent", b"resent", "suspects", b"suspects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DispatchStatus: _TypeAlias = DispatchStatus  # noqa: Y015
+
+@_typing.final
 class EngineStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -543,6 +580,7 @@ class StatusReply(_message.Message):
     TRUNK_BYTES_FIELD_NUMBER: _builtins.int
     EXPERT_DTYPE_FIELD_NUMBER: _builtins.int
     TELEMETRY_FIELD_NUMBER: _builtins.int
+    DISPATCH_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"starting", "serving" or "draining"."""
     arch: _builtins.str
@@ -574,6 +612,10 @@ class StatusReply(_message.Message):
     def telemetry(self) -> Global___TelemetryStatus:
         """Traces and metrics of the router."""
 
+    @_builtins.property
+    def dispatch(self) -> Global___DispatchStatus:
+        """Layer calls of this router."""
+
     def __init__(
         self,
         *,
@@ -592,10 +634,11 @@ class StatusReply(_message.Message):
         trunk_bytes: _builtins.int = ...,
         expert_dtype: _builtins.str = ...,
         telemetry: Global___TelemetryStatus | None = ...,
+        dispatch: Global___DispatchStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "router", b"router", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "engine", b"engine", "router", b"router", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "telemetry", b"telemetry", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dispatch", b"dispatch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "telemetry", b"telemetry", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,111 @@
+"""Which copy of an expert a layer call goes to. Pure: arrays, and a loop over the experts that have a choice.
+
+Experts with one copy are where they are. The others go, one by one, to whichever of their groups would be least busy
+with them: by tokens when the call is prefill, which computes, and by experts when it is decode, which reads each
+expert's weights once however few tokens it has (the number of activated experts is what balances it: METRO, Janus
+arXiv 2512.13525). In prefill the busiest experts choose first (longest processing time first, R. L. Graham, "Bounds on
+multiprocessing timing anomalies", SIAM Journal on Applied Mathematics 17(2), 1969).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.core import GroupId
+
+Owners = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class LayerCopies:
+    """The living copies of one layer's experts under one table: ``owners[e]`` are the groups of logical expert ``e``,
+    less those in ``without``. ``owner_E`` is the first group of each expert, -1 where none is left."""
+
+    def __init__(self, owners: Sequence[Sequence[GroupId]], without: Collection[GroupId] = ()) -> None:
+        self._owners = [tuple(group for group in groups if group not in without) for groups in owners]
+        self.owner_E: Owners = np.array([groups[0] if groups else -1 for groups in self._owners], np.int64)
+        several_E = np.array([len(groups) > 1 for groups in self._owners], bool)
+        self.any_choice = bool(several_E.any())
+        self._groups = 1 + max((max(groups, default=0) for groups in self._owners), default=0)
+        # A place more than there are groups, for experts without one: their load is nobody's.
+        self._fixed_E = np.where(several_E, self._groups, np.where(self.owner_E < 0, self._groups, self.owner_E))
+        self._several_E = several_E
+        self._second_E = np.array([groups[1] if len(groups) > 1 else -1 for groups in self._owners], np.int64)
+        self._pairs_only = max((len(groups) for groups in self._owners), default=0) <= 2
+
+    def choose(self, experts_P: Owners, decode: bool, cost: Mapping[GroupId, float]) -> Owners:
+        """The group of each expert that some pair names, int64 [E]; what it says of others means nothing.
+
+        ``cost`` is what a token, or an expert, costs a group relative to the others; 1 for those that it leaves out.
+        """
+        if not self.any_choice:
+            return self.owner_E
+        counts_E = np.bincount(experts_P, minlength=len(self.owner_E))
+        active_E = counts_E > 0
+        sizes_E = active_E if decode else counts_E
+        busy: list[float] = np.bincount(self._fixed_E, sizes_E, self._groups + 1).tolist()
+        price = [1.0] * (self._groups + 1)
+        for group, factor in cost.items():
+            if group < self._groups:
+                price[group] = factor
+                busy[group] *= factor
+        free_F = np.flatnonzero(active_E & self._several_E)
+        if not decode:
+            free_F = free_F[np.argsort(counts_E[free_F])[::-1]]
+        if not self._pairs_only:
+            chosen = self._among_many(free_F.tolist(), counts_E[free_F].tolist(), decode, busy, price)
+        elif decode:
+            chosen = _by_experts(self.owner_E[free_F].tolist(), self._second_E[free_F].tolist(), busy, price)
+        else:
+            firsts, seconds = self.owner_E[free_F].tolist(), self._second_E[free_F].tolist()
+            chosen = _by_tokens(firsts, seconds, counts_E[free_F].tolist(), busy, price)
+        owner_E = self.owner_E.copy()
+        owner_E[free_F] = chosen
+        return owner_E
+
+    def _among_many(
+        self, free: list[int], counts: list[int], decode: bool, busy: list[float], price: list[float]
+    ) -> list[GroupId]:
+        owners, chosen = self._owners, []
+        for expert, count in zip(free, counts, strict=True):
+            best, least = -1, float("inf")
+            for group in owners[expert]:
+                then = busy[group] + (price[group] if decode else count * price[group])
+                if then < least:
+                    best, least = group, then
+            busy[best] = least
+            chosen.append(best)
+        return chosen
+
+
+# With two copies each, as a plan for the death of one host has, these loops are what a decode step pays in each layer.
+
+
+def _by_experts(firsts: list[int], seconds: list[int], busy: list[float], price: list[float]) -> list[GroupId]:
+    chosen = []
+    for first, second in zip(firsts, seconds, strict=True):
+        here, there = busy[first] + price[first], busy[second] + price[second]
+        if here <= there:
+            busy[first] = here
+            chosen.append(first)
+        else:
+            busy[second] = there
+            chosen.append(second)
+    return chosen
+
+
+def _by_tokens(
+    firsts: list[int], seconds: list[int], counts: list[int], busy: list[float], price: list[float]
+) -> list[GroupId]:
+    chosen = []
+    for first, second, count in zip(firsts, seconds, counts, strict=True):
+        here, there = busy[first] + count * price[first], busy[second] + count * price[second]
+        if here <= there:
+            busy[first] = here
+            chosen.append(first)
+        else:
+            busy[second] = there
+            chosen.append(second)
+    return chosen

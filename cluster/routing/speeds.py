@@ -1,0 +1,88 @@
+"""How fast groups have answered lately, and what follows from it: whom to prefer, when to doubt, when to give up. Pure.
+
+What a call should take is its group's usual time for such calls: a fixed part and a part for each token row, both
+exponential averages. Decode calls are judged by activated experts, prefill calls by rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.core import GroupId
+
+_MEMORY = 1 / 16
+_MIN_DEADLINE_S = 1.0
+_DEADLINE_TIMES = 10.0
+"""A call is lost after so many times what it should take, and never before a second."""
+_MIN_HEDGE_S = 0.02
+_HEDGE_TIMES, _HEDGE_DEVIATIONS = 3.0, 6.0
+_WARM = 8
+"""Answers after which a group is known."""
+HEDGED_SHARE = 0.05
+"""Of all calls at most are sent twice."""
+
+
+@dataclass(slots=True)
+class _Pace:
+    """One group's: seconds of its own computing an expert (decode) and a row (prefill), and of whole round trips."""
+
+    answers: int = 0
+    expert_s: float = 0.0
+    row_s: float = 0.0
+    trip_s: float = 0.0
+    deviation_s: float = 0.0
+
+
+class Speeds:
+    """All groups'. One thread, the engine's."""
+
+    def __init__(self) -> None:
+        self._paces: dict[GroupId, _Pace] = {}
+        self.calls = self.hedges = 0
+        self._cost: dict[GroupId, float] = {}
+
+    def answered(self, group: GroupId, decode: bool, rows: int, experts: int, compute_s: float, trip_s: float) -> None:
+        """A call was answered: by the group's clock after ``compute_s``, by ours after ``trip_s``."""
+        pace = self._paces.setdefault(group, _Pace())
+        weight = 1.0 if not pace.answers else max(_MEMORY, 1 / (1 + pace.answers))
+        pace.answers += 1
+        if decode:
+            pace.expert_s += (compute_s / max(1, experts) - pace.expert_s) * weight
+            self._cost.clear()
+            pace.deviation_s += (abs(trip_s - pace.trip_s) - pace.deviation_s) * weight
+            pace.trip_s += (trip_s - pace.trip_s) * weight
+        else:
+            pace.row_s += (compute_s / max(1, rows) - pace.row_s) * (weight if pace.row_s else 1.0)
+
+    def gone(self, group: GroupId) -> None:
+        """Whoever comes back under this number is somebody else."""
+        self._paces.pop(group, None)
+        self._cost.clear()
+
+    def cost(self) -> dict[GroupId, float]:
+        """What an expert costs each group relative to the cheapest one, in steps of a half: below that it is noise, and
+        choices would differ from step to step for nothing."""
+        if not self._cost:
+            known = {group: pace.expert_s for group, pace in self._paces.items() if pace.answers >= _WARM}
+            least = min((each for each in known.values() if each > 0), default=0.0)
+            if least and len(known) > 1:
+                steps = {group: round(2 * each / least) / 2 for group, each in known.items()}
+                self._cost = {group: max(1.0, step) if step > 1.5 else 1.0 for group, step in steps.items()}
+        return self._cost
+
+    def lost_after_s(self, group: GroupId, rows: int) -> float:
+        """Seconds after which a call without an answer counts as lost."""
+        pace = self._paces.get(group)
+        if pace is None or pace.answers < _WARM:
+            return 10 * _MIN_DEADLINE_S
+        return max(_MIN_DEADLINE_S, _DEADLINE_TIMES * (pace.trip_s + rows * pace.row_s))
+
+    def hedge_after_s(self, group: GroupId, decode: bool) -> float | None:
+        """Seconds after which a decode call is worth sending to another copy too; None where there is nothing to go by,
+        or enough calls have been sent twice."""
+        pace = self._paces.get(group)
+        if not decode or pace is None or pace.answers < _WARM or self.hedges + 1 > HEDGED_SHARE * self.calls:
+            return None
+        usual_s = min((p.trip_s for p in self._paces.values() if p.answers >= _WARM), default=pace.trip_s)
+        deviation_s = min((p.deviation_s for p in self._paces.values() if p.answers >= _WARM), default=0.0)
+        return max(_MIN_HEDGE_S, _HEDGE_TIMES * usual_s, usual_s + _HEDGE_DEVIATIONS * deviation_s)

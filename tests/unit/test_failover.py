@@ -1,0 +1,160 @@
+"""Experts with copies: who is asked, and what happens when a group does not answer."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.core import LayerCall
+from cluster.errors import ConfigError, ExpertMeshError, LinkBroken
+from cluster.placement.planner import plan_copies
+from cluster.routing.choice import LayerCopies
+from cluster.routing.dispatcher import StepContext
+from cluster.routing.speeds import HEDGED_SHARE, Speeds
+from tests.unit.test_dispatcher import World, batch, wanted
+
+
+@pytest.mark.parametrize(("groups", "copies"), [(2, 2), (3, 2), (5, 2), (4, 3), (3, 1)])
+def test_each_expert_is_in_so_many_groups_and_a_dead_one_s_load_is_everybody_s(groups: int, copies: int) -> None:
+    plan = plan_copies([60], groups, copies)
+    holders = [[group for group in range(groups) if expert in plan[group][0]] for expert in range(60)]
+    assert all(len(held) == copies for held in holders)
+    if copies == 2 and groups > 2:
+        left = [sum(held == sorted((0, other)) for held in holders) for other in range(1, groups)]
+        assert max(left) - min(left) <= 2
+    with pytest.raises(ConfigError, match="copies"):
+        plan_copies([60], groups, groups + 1)
+
+
+owners = st.lists(st.lists(st.integers(0, 4), min_size=0, max_size=3, unique=True), min_size=4, max_size=12)
+
+
+@settings(deadline=None)
+@given(owners, st.data(), st.booleans())
+def test_an_expert_is_asked_for_where_it_is_and_busy_groups_are_spared(
+    held: list[list[int]], data: st.DataObject, decode: bool
+) -> None:
+    experts = data.draw(st.lists(st.integers(0, len(held) - 1), min_size=1, max_size=40))
+    copies = LayerCopies(held)
+    chosen_E = copies.choose(np.array(experts), decode, {})
+    load = [0] * 5
+    counts = {expert: 1 if decode else experts.count(expert) for expert in experts}
+    for expert, count in counts.items():
+        group = int(chosen_E[expert])
+        assert group in held[expert] if held[expert] else group == -1
+        if group >= 0:
+            load[group] += count
+    for expert, count in counts.items():
+        for other in held[expert]:  # nobody could be moved and leave its group, and the other one, less busy
+            assert max(load[other] + count, load[chosen_E[expert]] - count) >= min(load[chosen_E[expert]], max(load))
+
+
+def test_copies_spread_decode_by_experts_and_prefill_by_tokens() -> None:
+    copies = LayerCopies([(0, 1)] * 6)
+    experts = np.array([0] * 10 + [1, 2, 3, 4, 5])
+    decode = copies.choose(experts, True, {})
+    assert np.bincount(decode).tolist() == [3, 3]
+    prefill = copies.choose(experts, False, {})
+    assert np.bincount(prefill).tolist() in ([1, 5], [5, 1]), "the busy one is alone"
+    slow = copies.choose(experts, True, {0: 10.0})
+    assert np.bincount(slow, minlength=2).tolist() == [0, 6], "a group that is ten times slower is left alone"
+
+
+def test_a_dead_group_s_calls_go_to_other_copies_at_once_and_it_is_not_asked_again_until_it_answers() -> None:
+    world, given_ = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher(group_wait_s=30.0)
+    dispatcher(StepContext(1), 0, *given_)
+    down = [1]
+
+    def fail(group: int, _call: LayerCall) -> ExpertMeshError | None:
+        return LinkBroken("gone") if group in down else None
+
+    world.fail = fail
+    version = world.fabric.membership.table.version
+    began_s = time.monotonic()
+    assert torch.allclose(dispatcher(StepContext(2), 0, *given_), wanted(*given_), atol=1e-5)
+    assert time.monotonic() - began_s < 0.5
+    assert world.fabric.membership.table.version == version, "nobody was asked for a table"
+    assert world.caller.resent_calls > 0
+    assert world.fabric.suspects() == [1]
+    world.calls.clear()
+    assert torch.allclose(dispatcher(StepContext(3), 0, *given_), wanted(*given_), atol=1e-5)
+    assert {group for group, _, _ in world.calls} == {0, 2}
+    world.fabric._reach(1)
+    assert world.fabric.suspects() == [1], "the probe failed"
+    down.clear()
+    world.fabric._reach(1)
+    assert world.fabric.suspects() == []
+    world.calls.clear()
+    dispatcher(StepContext(4), 0, *given_)
+    assert {group for group, _, _ in world.calls} == {0, 1, 2}
+
+
+def test_when_two_die_what_is_left_with_one_copy_is_waited_for() -> None:
+    world, given_ = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher(group_wait_s=5.0)
+    tries = [0]
+
+    def fail(group: int, _call: LayerCall) -> ExpertMeshError | None:
+        if group == 0:
+            return None
+        tries[0] += 1
+        return LinkBroken("gone") if tries[0] < 6 else None
+
+    world.fail = fail
+    assert torch.allclose(dispatcher(StepContext(1), 0, *given_), wanted(*given_), atol=1e-5)
+
+
+def test_a_hung_group_costs_a_second_and_the_next_step_nothing() -> None:
+    world, given_ = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher()
+    for step in range(12):
+        dispatcher(StepContext(step), 0, *given_)
+    world.caller.speeds.calls = 0  # no hedges
+    world.delays = {1: 60.0}
+    began_s = time.monotonic()
+    assert torch.allclose(dispatcher(StepContext(20), 0, *given_), wanted(*given_), atol=1e-5)
+    assert 0.9 < time.monotonic() - began_s < 2.0
+    began_s = time.monotonic()
+    assert torch.allclose(dispatcher(StepContext(21), 0, *given_), wanted(*given_), atol=1e-5)
+    assert time.monotonic() - began_s < 0.5
+    assert world.cancelled
+
+
+def test_a_call_that_takes_much_longer_than_usual_is_sent_twice_and_the_first_answer_wins() -> None:
+    world, given_ = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher()
+    for step in range(40):
+        dispatcher(StepContext(step), 0, *given_)
+    world.delays = {1: 0.9}
+    began_s = time.monotonic()
+    assert torch.allclose(dispatcher(StepContext(50), 0, *given_), wanted(*given_), atol=1e-5)
+    assert time.monotonic() - began_s < 0.8
+    assert world.caller.hedges_won == world.caller.speeds.hedges > 0
+    assert world.caller.resent_calls == 0
+    assert world.fabric.suspects() == [], "slow is not dead"
+    assert world.caller.speeds.hedges <= HEDGED_SHARE * world.caller.speeds.calls + 2
+
+
+def test_hedges_have_a_budget_and_slow_groups_a_price() -> None:
+    speeds = Speeds()
+    assert speeds.hedge_after_s(0, decode=True) is None
+    for _ in range(20):
+        for group, each_s in ((0, 0.001), (1, 0.010)):
+            speeds.answered(group, True, 4, 4, 4 * each_s, 4 * each_s + 0.001)
+    speeds.calls = 100
+    delay_s = speeds.hedge_after_s(1, decode=True)
+    assert delay_s is not None
+    assert 0.015 <= delay_s < 0.1
+    speeds.hedges = 5
+    assert speeds.hedge_after_s(1, decode=True) is None
+    assert speeds.cost()[1] == pytest.approx(10.0)
+    assert speeds.lost_after_s(0, 4) == 1.0
+    assert speeds.lost_after_s(7, 4) > 1.0, "nothing is known of it"
+    speeds.gone(1)
+    assert speeds.cost() == {}
