@@ -18,7 +18,9 @@ from cluster.commands import (
     bench_serve,
     bench_trace,
     demo,
+    drill,
     generate,
+    loads,
     numa,
     plan,
     serve,
@@ -69,6 +71,7 @@ app.command(
         "expertmesh plan --loads loads.json --groups 32 --slots 288 --hosts 4 --expert-groups 8 --json",
     )
 )(plan.plan)
+app.command(epilog=_examples("expertmesh drill kill-group", "expertmesh drill hang-group --json"))(drill.drill)
 trace_app.command("list", epilog=_examples("expertmesh trace list", "expertmesh trace list --slowest --last 5"))(
     trace.trace_list
 )
@@ -95,6 +98,12 @@ numa_app.command(
 )(numa.show)
 numa_app.callback()(lambda: None)  # a group, although it has one command
 app.add_typer(numa_app, name="numa")
+loads_app = typer.Typer(help="How often experts are wanted.", no_args_is_help=True)
+loads_app.command("record", epilog=_examples("expertmesh loads record --out loads.json --windows 2 --seconds 30"))(
+    loads.record
+)
+loads_app.callback()(lambda: None)
+app.add_typer(loads_app, name="loads")
 bench_app.command(
     "dispatch", epilog=_examples("expertmesh bench dispatch", "expertmesh bench dispatch --no-ray --json")
 )(bench.dispatch)

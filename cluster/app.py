@@ -197,6 +197,18 @@ class Deployment:
         self.apps = []
 
 
+def coordinator_pid() -> int:
+    """Process id of the coordinator, for drills."""
+    pid: int = serve.get_deployment_handle("coordinator", APP).pid.remote().result(timeout_s=10)
+    return pid
+
+
+def drop_links(group: int) -> None:
+    """Closes a group's links, for drills; does nothing while it is not there."""
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError, serve.exceptions.RayServeException):
+        serve.get_app_handle(group_app(group)).drop_links.remote().result(timeout_s=10)
+
+
 def applications() -> list[str]:
     """Names of ExpertMesh's applications on the Ray cluster that the process is connected to."""
     return sorted(name for name in serve.status().applications if name == APP or name.startswith(GROUP_APP_PREFIX))

@@ -185,6 +185,8 @@ class GroupInfo:
     numa_local_ratio: float | None = None
     store: StoreFacts | None = None
     spans_dropped: int = 0
+    expert_sizes: tuple[int, ...] = ()
+    """Bytes of one expert in the served dtype, by MoE layer."""
     startup: tuple[tuple[str, float], ...] = ()
     """Phases of its start, and their seconds."""
 

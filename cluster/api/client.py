@@ -86,6 +86,11 @@ class Client:
         reply: control_pb2.StatusReply = self._unary(self._control.Status, control_pb2.StatusRequest())
         return reply
 
+    def loads(self) -> control_pb2.LoadsReply:
+        """How often each expert was wanted since the server's start."""
+        reply: control_pb2.LoadsReply = self._unary(self._control.Loads, control_pb2.LoadsRequest())
+        return reply
+
     def set_tracing(self, on: bool) -> bool:
         """Switches the server's traces on or off; how they were before."""
         reply: control_pb2.SetTracingReply = self._unary(self._control.SetTracing, control_pb2.SetTracingRequest(on=on))

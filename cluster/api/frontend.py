@@ -40,6 +40,7 @@ class Served:
     status: Callable[[], control_pb2.StatusReply]
     telemetry: Telemetry | None = None
     keep_text: bool = False
+    loads: Callable[[], control_pb2.LoadsReply] = control_pb2.LoadsReply
 
 
 class EventInbox:
@@ -246,6 +247,10 @@ class Frontend:
             raise ConfigError("telemetry.traces: got off; the server was started without a place for traces")
         was_on, telemetry.tracing = telemetry.tracing, message.on
         return control_pb2.SetTracingReply(was_on=was_on)
+
+    def loads(self) -> control_pb2.LoadsReply:
+        """How often each expert was wanted."""
+        return self._serving().loads()
 
     async def flush_traces(self) -> None:
         """Waits a little until what was told is exported."""

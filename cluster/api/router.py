@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from cluster.api.convert import ModelLimits
 from cluster.api.frontend import Served
 from cluster.api.gauges import router_gauges
 from cluster.config import Config
-from cluster.core import Deadline, GroupInfo, Membership
+from cluster.core import Deadline, GroupInfo, Membership, Priority
 from cluster.engine.blocks import num_blocks_of
 from cluster.engine.engine import Engine
 from cluster.engine.text import load_tokenizer
@@ -31,6 +32,7 @@ from cluster.routing.coldness import Coldness
 from cluster.routing.connect import Connector
 from cluster.routing.dispatcher import Dispatcher, StepContext
 from cluster.routing.fabric import Fabric
+from cluster.routing.loads import ExpertLoads
 from cluster.routing.prediction import chances
 from cluster.rpc.v1 import control_pb2, inference_pb2, links_pb2
 from cluster.telemetry.hub import telemetry_of
@@ -81,7 +83,8 @@ class Router:
             serve_metrics=True,
         )
         torch.set_num_threads(threads)
-        coldness = Coldness(self._first_layer)
+        self._coldness = coldness = Coldness(self._first_layer)
+        self.loads = ExpertLoads()
         self.fabric = Fabric(
             fetch, local_links or self._connector(), follower=lambda now: coldness.follow(now.groups.values())
         )
@@ -90,7 +93,7 @@ class Router:
             self.fabric,
             dtype,
             self._caller,
-            count=coldness.called,
+            count=self._called,
         )
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
         tokenizer = load_tokenizer(checkpoint.path)
@@ -104,6 +107,7 @@ class Router:
         if config.warm_up:
             warm_up(self._trunk, tokenizer, config.engine, skeleton.context_length, kv_bytes_per_token, threads)
             started.done("warm_up", time.monotonic())
+        self.loads = ExpertLoads()  # what clients ask for, and nothing of the warm-up
         self.engine = Engine(
             self._trunk.forward,
             tokenizer,
@@ -127,7 +131,9 @@ class Router:
             exact=self._exact,
         )
         keep_text = config.telemetry.log_prompts
-        self.served = Served(self.engine, tokenizer, limits, info, self.status, self.telemetry, keep_text)
+        self.served = Served(
+            self.engine, tokenizer, limits, info, self.status, self.telemetry, keep_text, self._expert_loads
+        )
         if binding is not None:
             binding.check()
         if self.telemetry is not None:
@@ -139,6 +145,11 @@ class Router:
         """What the first MoE layer's gate says of some tokens: `Coldness` asks."""
         choice = self._trunk.first_choice(ids)
         return None if choice is None else chances(*choice, self.fabric.num_experts(0))
+
+    def _called(self, layer: int, experts_P: Any, num_tokens: int, priority: Priority) -> None:
+        """Every layer call, as the dispatcher makes it."""
+        self._coldness.called(layer, experts_P, num_tokens)
+        self.loads.called(layer, experts_P, self.fabric.num_experts(layer), priority)
 
     def predict(self, on: bool) -> None:
         """Whether groups with a budget are told what they will probably be called for. Not while a step runs."""
@@ -263,6 +274,13 @@ class Router:
                 )
             )
         return reply
+
+    def _expert_loads(self) -> control_pb2.LoadsReply:
+        infos = self.fabric.membership.groups.values()
+        sizes = [max(each) for each in zip(*(info.expert_sizes for info in infos), strict=True)]
+        return control_pb2.LoadsReply(
+            layers=[control_pb2.LayerLoads(**layer) for layer in self.loads.sums()], expert_bytes=sizes
+        )
 
     def close(self) -> None:
         """Ends the engine, all links and the telemetry."""

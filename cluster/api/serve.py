@@ -133,6 +133,9 @@ class RouterShell:
     async def SetTracing(self, request: Any, grpc_context: Any) -> Any:
         return _call(grpc_context, control_pb2.SetTracingReply, lambda: self._frontend.set_tracing(request))
 
+    async def Loads(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, control_pb2.LoadsReply, self._frontend.loads)
+
     async def Check(self, request: Any, grpc_context: Any) -> Any:
         status = self._health.status(request.service)
         if status is None:

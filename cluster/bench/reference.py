@@ -27,6 +27,15 @@ class Reference:
         self.arch = str(config["model_type"])
 
     @torch.inference_mode()
+    def greedy(self, prompt: list[int], new: int) -> list[int]:
+        """The next ``new`` tokens, each the likeliest; end tokens end nothing."""
+        made = self._model.generate(
+            torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
+        )
+        tokens: list[int] = made[0, len(prompt) :].tolist()
+        return tokens
+
+    @torch.inference_mode()
     def logits(self, prompt: list[int], continuation: list[int]) -> torch.Tensor:
         """fp32 [len(continuation), V]: the logits that each token of the continuation was chosen from."""
         ids = torch.tensor([prompt + continuation[:-1]])

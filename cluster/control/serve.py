@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from ray import serve
@@ -62,6 +63,10 @@ class CoordinatorShell:
     def membership(self) -> Membership:
         """See `Coordinator`."""
         return self._coordinator.membership()
+
+    def pid(self) -> int:
+        """Its process id, for drills."""
+        return os.getpid()
 
     def check_health(self) -> None:
         """Serve restarts a coordinator whose loop is stuck."""

@@ -62,6 +62,7 @@ class ExpertGroup:
         weights = WeightMap(checkpoint, skeleton)
         sizes = [weights.expert_bytes(layer, dtype) for layer in skeleton.moe_layers]
         num_bytes = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
+        self._sizes = tuple(sizes)
         how = how_to_compute(config, dtype, self._device, threads, num_bytes)
         notes = LoadNotes()
         self.bank = ExpertBank.load(group, weights, holdings, how, notes)
@@ -106,7 +107,7 @@ class ExpertGroup:
         self._startup = started.seconds()
         self._dropper: LinkDropper | None = None
         if config.faults.group == group and config.faults.drop_links_s > 0 and listen:
-            self._dropper = LinkDropper(self._drop_links, config.faults.drop_links_s)
+            self._dropper = LinkDropper(self.drop_links, config.faults.drop_links_s)
         if self.telemetry is not None:
             self.telemetry.phases(started)
 
@@ -118,7 +119,8 @@ class ExpertGroup:
         if self.bank.store is not None:
             self.bank.store.order(order)
 
-    def _drop_links(self) -> None:
+    def drop_links(self) -> None:
+        """Closes all links to routers, for drills and planted faults."""
         for server in (self.server, self.shm_server):
             if server is not None:
                 server.drop_links()
@@ -170,6 +172,7 @@ class ExpertGroup:
             progress_age_s=self.host.progress_age_s(),
             numa_node=where.node,
             numa_local_ratio=where.local_ratio,
+            expert_sizes=self._sizes,
             startup=self._startup,
         )
 

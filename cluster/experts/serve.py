@@ -30,6 +30,10 @@ class ExpertsShell:
         """See `ExpertGroup`."""
         return self._group.info()
 
+    def drop_links(self) -> None:
+        """Closes all links to routers, for drills; they are made again."""
+        self._group.drop_links()
+
     def check_health(self) -> None:
         """Serve restarts a group whose compute thread makes no progress; a slow one that does is left alone."""
         age_s = self._group.stuck_s()

@@ -32,6 +32,7 @@ class LayerCopies:
         # A place more than there are groups, for experts without one: their load is nobody's.
         self._fixed_E = np.where(several_E, self._groups, np.where(self.owner_E < 0, self._groups, self.owner_E))
         self._several_E = several_E
+        self._all_several = bool(several_E.all())
         self._second_E = np.array([groups[1] if len(groups) > 1 else -1 for groups in self._owners], np.int64)
         self._pairs_only = max((len(groups) for groups in self._owners), default=0) <= 2
 
@@ -43,18 +44,24 @@ class LayerCopies:
         if not self.any_choice:
             return self.owner_E
         counts_E = np.bincount(experts_P, minlength=len(self.owner_E))
-        active_E = counts_E > 0
-        sizes_E = active_E if decode else counts_E
-        busy: list[float] = np.bincount(self._fixed_E, sizes_E, self._groups + 1).tolist()
+        free_F = counts_E.nonzero()[0]
+        busy: list[float] = [0.0] * (self._groups + 1)
+        if not self._all_several:
+            several_A = self._several_E[free_F]
+            fixed_A = free_F[~several_A]
+            sizes_A = None if decode else counts_E[fixed_A]
+            busy = np.bincount(self._fixed_E[fixed_A], sizes_A, self._groups + 1).tolist()
+            free_F = free_F[several_A]
         price = [1.0] * (self._groups + 1)
         for group, factor in cost.items():
             if group < self._groups:
                 price[group] = factor
                 busy[group] *= factor
-        free_F = np.flatnonzero(active_E & self._several_E)
         if not decode:
             free_F = free_F[np.argsort(counts_E[free_F])[::-1]]
-        if not self._pairs_only:
+        if self._pairs_only and decode and not cost:
+            chosen = _evenly(self.owner_E[free_F].tolist(), self._second_E[free_F].tolist(), busy)
+        elif not self._pairs_only:
             chosen = self._among_many(free_F.tolist(), counts_E[free_F].tolist(), decode, busy, price)
         elif decode:
             chosen = _by_experts(self.owner_E[free_F].tolist(), self._second_E[free_F].tolist(), busy, price)
@@ -81,6 +88,18 @@ class LayerCopies:
 
 
 # With two copies each, as a plan for the death of one host has, these loops are what a decode step pays in each layer.
+
+
+def _evenly(firsts: list[int], seconds: list[int], busy: list[float]) -> list[GroupId]:
+    """As `_by_experts` where all groups are as fast."""
+    chosen: list[GroupId] = []
+    choose = chosen.append
+    for group, second in zip(firsts, seconds, strict=True):
+        if busy[second] < busy[group]:
+            group = second
+        busy[group] += 1.0
+        choose(group)
+    return chosen
 
 
 def _by_experts(firsts: list[int], seconds: list[int], busy: list[float], price: list[float]) -> list[GroupId]:

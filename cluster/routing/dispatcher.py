@@ -25,8 +25,8 @@ from cluster.telemetry.ledger import Ledger, Stage
 from cluster.telemetry.steps import LayerTimes, StepDetail
 from cluster.transport.base import LayerReply, PendingReply
 
-Counter = Callable[[int, Ints, int], None]
-"""(MoE layer, logical expert of each pair, number of tokens), of every layer call."""
+Counter = Callable[[int, Ints, int, Priority], None]
+"""(MoE layer, logical expert of each pair, number of tokens, what kind of step), of every layer call."""
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class Dispatcher:
         experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
         weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
         if self._count is not None:
-            self._count(layer, experts_P, num_tokens)
+            self._count(layer, experts_P, num_tokens, step.priority)
         local_TH = hidden_TH.to(self._dtype)
         caller, decode = self._caller, step.priority is Priority.DECODE
         owner_E = caller.owners(layer, experts_P, decode)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cluster.bench.damage import KINDS
 from tests.conftest import MakeTiny
 from tests.e2e.processes import COMMAND, ServeProcess, descendants, free_port, last_json, run, run_here, survivors
 
@@ -127,6 +128,25 @@ def test_what_a_killed_serve_leaves_on_a_joined_cluster_is_seen_and_removed(
     done = run("stop", "--address", ray_address, "--json")
     assert last_json(done)["stopped"] == ["expertmesh", "experts-0"]
     assert last_json(run("stop", "--address", ray_address, "--json"))["stopped"] == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["kill-group", *(pytest.param(k, marks=pytest.mark.full) for k in KINDS if k != "kill-group")],
+)
+def test_a_drill_ends_with_every_answer_right(kind: str) -> None:
+    flags = ["--before", "5", "--damage", "4", "--streams", "4", "--new", "32"]
+    done = run("drill", kind, *flags, "--json")
+    assert done.returncode in (0, 1), done.stderr  # gaps are this machine's: they are shown, not asserted
+    report = last_json(done)
+    print(report)
+    assert report["requests"] >= 4
+    assert report["failed"] == report["mismatched_tokens"] == report["inexact"] == 0, report
+    assert report["groups"] == 3
+    assert report["layer_calls"] > 0
+    if kind == "kill-group":
+        assert report["resent_calls"] > 0
+        assert report["recovery_s"] is not None
 
 
 def test_more_gpus_than_the_cluster_has_is_refused_with_numbers(ray_address: str, tiny: MakeTiny) -> None:
@@ -245,7 +265,7 @@ def test_commands_in_the_readme_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     for names, rest in found:
         parts = names.split()
-        words = parts[:2] if parts[0] in ("zoo", "bench", "trace", "numa") else parts[:1]
+        words = parts[:2] if parts[0] in ("zoo", "bench", "trace", "numa", "loads") else parts[:1]
         shown = run_here(*words, "--help").stdout
         for flag in re.findall(r"(--[a-z-]+)", rest):
             assert flag in shown, f"{names} {flag}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import random
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +27,13 @@ from cluster.bench.verify import Load, ask, compare, problems
 from cluster.core import Deadline, LayerCall, Request, SamplingParams, StopParams
 from cluster.engine.events import TokenEvent
 from cluster.errors import Unavailable
+from cluster.placement.windows import read_windows
 from cluster.rpc.v1 import inference_pb2 as pb
 from cluster.telemetry.account import RequestAccount
 from cluster.transport.base import LayerRows, PendingReply, Transport
 from tests.conftest import MakeTiny
 from tests.door import Door
+from tests.e2e.processes import last_json, run_here
 from tests.systems import SpoilLink, in_process_router
 
 SOON = 30.0
@@ -255,3 +259,36 @@ def _account_of(router: Router, prompt: list[int]) -> RequestAccount:
     account = ended.get(timeout=SOON).account
     assert account is not None
     return account
+
+
+def test_loads_are_recorded_in_windows_that_plan_reads(door: Door, client: Client, tmp_path: Path) -> None:
+    info, out = client.model_info(), tmp_path / "loads.json"
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            list(client.generate(request([5, 6, 7], 4)))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        done = run_here("loads", "record", "--out", str(out), "--seconds", "0.5", "--server", door.address, "--json")
+    finally:
+        stop.set()
+        thread.join()
+    assert last_json(done)["windows"] == 2
+    windows, sizes = read_windows(out)
+    assert [window.shape for window in windows] == [(info.num_moe_layers, info.num_experts)] * 2
+    assert sizes is not None
+    assert min(sizes) > 0
+    for window, raw in zip(windows, json.loads(out.read_text())["windows"], strict=True):
+        # Every token that goes through a step counts once for each expert it wants, in every layer alike; a window may
+        # begin and end in the middle of a step.
+        each_L = window.sum(-1)
+        assert each_L.min() > 0
+        assert each_L.max() - each_L.min() <= 2 * 3 * info.experts_per_token
+        assert not (each_L % info.experts_per_token).any()
+        assert sum(map(sum, raw["activations"])) <= window.sum()
+        assert sum(map(sum, raw["decode_tokens"])) > 0
+    planned = run_here("plan", "--loads", str(out), "--groups", "2", "--slots", str(2 * info.num_experts), "--json")
+    assert last_json(planned)["expert_bytes_known"]

@@ -44,6 +44,11 @@ class ControlStub:
                 request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.FromString,
                 _registered_method=True)
+        self.Loads = channel.unary_unary(
+                '/cluster.rpc.v1.Control/Loads',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -63,6 +68,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Loads(self, request, context):
+        """How often each expert was wanted since the router's start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SetTracing,
                     request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.SerializeToString,
+            ),
+            'Loads': grpc.unary_unary_rpc_method_handler(
+                    servicer.Loads,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Control:
             '/cluster.rpc.v1.Control/SetTracing',
             cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.SerializeToString,
             cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Loads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.rpc.v1.Control/Loads',
+            cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsReply.FromString,
             options,
             channel_credentials,
             insecure,

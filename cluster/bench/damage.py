@@ -1,0 +1,134 @@
+"""What drills do to a system that serves. By process id, and undone when the drill is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+
+Pid = Callable[[], int]
+"""The process id of the group that is damaged, as it is now: a restarted group has another one."""
+SLICE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of damage, and what may come of it."""
+
+    name: str
+    what: str
+    max_gap_ms: float | None = None
+    """Longest gap between two tokens that passes."""
+    max_p99_ratio: float | None = None
+    """Of gaps during the damage to those before."""
+    lasts: bool = True
+    """It goes on for a while; otherwise it is done at once."""
+    restarts: bool = False
+    """The group will be another process."""
+    least_s: float = 0.0
+    """It takes so long to mean anything."""
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("kill-group", "SIGKILL for one group's process", max_gap_ms=300.0, lasts=False, restarts=True),
+        Kind("hang-group", "SIGSTOP for one group's process, and SIGCONT some seconds later", max_gap_ms=1300.0),
+        Kind("slow-group", "one group's process runs a tenth of the time", max_p99_ratio=2.0),
+        Kind(
+            "flap-group",
+            "SIGKILL for one group's process, and again each time that it is back",
+            restarts=True,
+            least_s=30.0,
+        ),
+        Kind("drop-link", "one group closes all its links, again and again"),
+        Kind("kill-coordinator", "SIGKILL for the coordinator's process", lasts=False),
+    )
+}
+
+
+@contextmanager
+def damaged(kind: Kind, group: Pid, coordinator: Pid, drop: Callable[[], None]) -> Iterator[None]:
+    """Does the damage for the time of the block; ``drop`` closes the group's links once."""
+    if kind.name == "kill-group":
+        os.kill(group(), signal.SIGKILL)
+        yield
+    elif kind.name == "kill-coordinator":
+        os.kill(coordinator(), signal.SIGKILL)
+        yield
+    elif kind.name == "hang-group":
+        pid = group()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal(pid, signal.SIGCONT)
+    elif kind.name == "slow-group":
+        with _repeating(_slower(group()), 0.0):
+            yield
+    elif kind.name == "flap-group":
+        with _repeating(_kills_whoever_is_new(group), 0.5):
+            yield
+    else:
+        with _repeating(drop, 0.4):
+            yield
+
+
+def needs_cluster(kind: Kind) -> bool:
+    """It cannot be done with process ids of groups alone."""
+    return kind.name in ("kill-coordinator", "drop-link")
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _slower(pid: int) -> Callable[[], None]:
+    """Nine tenths of each slice it is stopped."""
+
+    def one_slice() -> None:
+        _signal(pid, signal.SIGSTOP)
+        time.sleep(0.9 * SLICE_S)
+        _signal(pid, signal.SIGCONT)
+        time.sleep(0.1 * SLICE_S)
+
+    return one_slice
+
+
+def _kills_whoever_is_new(group: Pid) -> Callable[[], None]:
+    killed: set[int] = set()
+
+    def look() -> None:
+        pid = group()
+        if pid not in killed and psutil.pid_exists(pid):
+            killed.add(pid)
+            _signal(pid, signal.SIGKILL)
+
+    return look
+
+
+@contextmanager
+def _repeating(action: Callable[[], None], pause_s: float) -> Iterator[None]:
+    """Runs an action again and again in a thread, and ends with it done."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            action()
+            stop.wait(pause_s)
+
+    thread = threading.Thread(target=run, name="damage", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)

@@ -1,0 +1,50 @@
+"""How often each expert was wanted: counted by the router as layers are called, read as windows by whoever plans."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from cluster.core import Priority
+
+
+class ExpertLoads:
+    """Sums since the start, by MoE layer and logical expert. One thread counts, the engine's; any may read.
+
+    A token counts once for each expert that it wants. An activation is a layer call's batch that wanted the expert at
+    all: what a decode step pays for.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokens: dict[tuple[int, bool], Any] = {}
+        self._activations: dict[int, Any] = {}
+
+    def called(self, layer: int, experts_P: Any, num_experts: int, priority: Priority) -> None:
+        """A batch wanted these experts, one a pair."""
+        counts_E = np.bincount(experts_P, minlength=num_experts)
+        key = layer, priority is Priority.DECODE
+        with self._lock:
+            if key not in self._tokens:
+                self._tokens[key] = np.zeros(num_experts, np.int64)
+                self._activations.setdefault(layer, np.zeros(num_experts, np.int64))
+            self._tokens[key] += counts_E
+            self._activations[layer] += counts_E > 0
+
+    def sums(self) -> list[dict[str, list[int]]]:
+        """By layer: ``decode_tokens``, ``prefill_tokens`` and ``activations`` of each expert."""
+        with self._lock:
+            found = []
+            for layer in sorted(self._activations):
+                activations_E = self._activations[layer]
+                none_E = np.zeros_like(activations_E)
+                found.append(
+                    {
+                        "decode_tokens": self._tokens.get((layer, True), none_E).tolist(),
+                        "prefill_tokens": self._tokens.get((layer, False), none_E).tolist(),
+                        "activations": activations_E.tolist(),
+                    }
+                )
+            return found
