@@ -72,6 +72,9 @@ class DataPlaneConfig:
     """Interface that a group's data-plane server listens on."""
     call_timeout_s: float = 60.0
     """A layer call without an answer for that long counts as lost."""
+    missing_experts: str = "wait"
+    """For experts without a living copy: wait (group_wait_s at most), fail (UNAVAILABLE at once), or degrade (they are
+    left out; such answers say that they are not exact, and which experts were missing)."""
     group_wait_s: float = 30.0
     """How long a step waits for a group that is gone to come back before its requests fail."""
     payload_timeout_s: float = 10.0
@@ -209,6 +212,7 @@ class Config:
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)
+        _one_of("data_plane.missing_experts", self.data_plane.missing_experts, ("wait", "fail", "degrade"))
         positive = ("max_running", "max_waiting", "step_token_budget", "prefill_chunk", "kv_cache_bytes", "block_size")
         for name in (*positive, "default_max_new_tokens"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)

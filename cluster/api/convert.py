@@ -213,7 +213,9 @@ def to_chunk(
         chunk.finish_reason = _FINISH[last.finish]
         chunk.usage.prompt_tokens = len(request.prompt_ids)
         chunk.usage.completion_tokens = num_generated
-        chunk.exact = exact
+        missing = sorted(last.account.missing) if last.account is not None else []
+        chunk.exact = exact and not missing
+        chunk.missing_experts.extend(f"{layer}/{expert}" for layer, expert in missing)
         chunk.stages.extend(pb.StageTime(stage=name, seconds=seconds) for name, seconds in stages.items())
     return chunk
 
@@ -238,4 +240,5 @@ def to_reply(chunks: Sequence[pb.GenerateChunk]) -> pb.GenerateReply:
         exact=last.exact,
         trace_id=last.trace_id,
         stages=last.stages,
+        missing_experts=last.missing_experts,
     )

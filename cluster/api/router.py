@@ -30,10 +30,11 @@ from cluster.placement.binding import Binding, Where, numa_attributes
 from cluster.routing.caller import Caller
 from cluster.routing.coldness import Coldness
 from cluster.routing.connect import Connector
-from cluster.routing.dispatcher import Dispatcher, StepContext
+from cluster.routing.dispatcher import Dispatcher
 from cluster.routing.fabric import Fabric
 from cluster.routing.loads import ExpertLoads
 from cluster.routing.prediction import chances
+from cluster.routing.step import StepContext
 from cluster.rpc.v1 import control_pb2, inference_pb2, links_pb2
 from cluster.telemetry.hub import telemetry_of
 from cluster.telemetry.memory import process_facts
@@ -88,7 +89,10 @@ class Router:
         self.fabric = Fabric(
             fetch, local_links or self._connector(), follower=lambda now: coldness.follow(now.groups.values())
         )
-        self._caller = Caller(self.fabric, config.data_plane.call_timeout_s, config.data_plane.group_wait_s)
+        data_plane = config.data_plane
+        self._caller = Caller(
+            self.fabric, data_plane.call_timeout_s, data_plane.group_wait_s, policy=data_plane.missing_experts
+        )
         dispatcher = Dispatcher(
             self.fabric,
             dtype,

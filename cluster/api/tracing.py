@@ -150,7 +150,7 @@ class DoorTimes:
             prompt_tokens=len(request.prompt_ids) if request is not None else 0,
             output_tokens=self.output_tokens,
             max_tokens=request.stop.max_new_tokens if request is not None else 0,
-            exact=exact,
+            exact=exact and not (self._account is not None and self._account.missing),
             prompt=prompt,
             answer=answer,
         )

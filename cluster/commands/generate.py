@@ -75,6 +75,7 @@ def generate(
                     "prompt_tokens": last.usage.prompt_tokens,
                     "completion_tokens": last.usage.completion_tokens,
                     "exact": last.exact,
+                    "missing_experts": list(last.missing_experts),
                     "trace_id": last.trace_id,
                     "stages_s": {stage.stage: stage.seconds for stage in last.stages},
                 }

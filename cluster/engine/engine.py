@@ -35,7 +35,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.model.packed import Chunk
-from cluster.routing.dispatcher import StepContext
+from cluster.routing.step import StepContext
 from cluster.telemetry.account import RequestAccount, StepEvent
 from cluster.telemetry.ledger import Ledger, Stage
 from cluster.telemetry.records import Observer, SpanRef, StepRecord
@@ -282,6 +282,8 @@ class Engine:
                     self._end(live, error=error)
             return
         self._ended_s = ended_s
+        for live in lives if step.missing else ():
+            live.miss(step.missing)
         self._note(step.events)
         if observer is not None:
             observer.step(self._record(step, trace, shares, lives, started_s, before))

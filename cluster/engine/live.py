@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cluster.core import FinishReason, Request
+from cluster.core import ExpertId, FinishReason, Request
 from cluster.engine.events import Listener, TokenEvent
 from cluster.engine.sampler import Sampled
 from cluster.engine.scheduler import Scheduled
@@ -40,6 +41,11 @@ class Live:
                 finish, text = FinishReason.LENGTH, text + self.text.finish()
         logits = logits_V.numpy().tobytes() if self.request.want_logits else b""
         return TokenEvent(text, sampled, logits, finish)
+
+    def miss(self, experts: Sequence[ExpertId]) -> None:
+        """A step of its was computed without some experts."""
+        self.account.missing.update((expert.layer, expert.expert) for expert in experts)
+        self.sequence.degraded = True
 
     def close(self) -> None:
         """Puts what its sequence went through into its account."""

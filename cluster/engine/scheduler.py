@@ -75,6 +75,8 @@ class Scheduled:
     preemptions: int = 0
     cached_tokens: int = 0
     """Of its prompt, found in the cache when it got its first place."""
+    degraded: bool = False
+    """An expert was left out of what is in its cache: nobody else may use that."""
     need: Any = None
     """What `ColdCosts.need` says of its prompt."""
     cold_bytes: int = 0
@@ -187,7 +189,7 @@ class Scheduler:
             self._token_s += (took_s / num_tokens - self._token_s) * (_SMOOTH if self._token_s else 1.0)
         for sequence, ids, start, _, _, _ in shares:
             end = start + len(ids)
-            if end // size > sequence.table.registered and sequence.running:
+            if end // size > sequence.table.registered and sequence.running and not sequence.degraded:
                 self._pool.register(sequence.table, sequence.tokens, end)
 
     def next_step(self) -> list[Share]:

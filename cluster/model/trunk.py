@@ -18,7 +18,7 @@ from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk, Layers, PackedBatch, PackedCache, Step, stepping
-from cluster.routing.dispatcher import StepContext
+from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.kernels import SMALL_BYTES, FastLinear, FastNorm, KernelTable

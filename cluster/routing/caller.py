@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cluster.core import Clock, Deadline, GroupId, LayerCall, Priority
+from cluster.core import Clock, Deadline, ExpertId, GroupId, LayerCall, Priority
 from cluster.errors import (
     DeadlineExceeded,
     ExpertMeshError,
@@ -29,7 +29,8 @@ from cluster.errors import (
 from cluster.routing.fabric import Fabric
 from cluster.routing.speeds import Speeds
 from cluster.routing.split import Ints, Part, add_rows, split
-from cluster.telemetry.ledger import Ledger, Stage
+from cluster.routing.step import StepContext
+from cluster.telemetry.ledger import Stage
 from cluster.transport.base import LayerReply, PendingReply
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,15 @@ _TURN_S = 0.002
 """A call that was sent twice is waited for in turns of this length."""
 
 
+WAIT, FAIL, DEGRADE = "wait", "fail", "degrade"
+
+
 class Caller:
-    """Calls of one router. One thread, the engine's."""
+    """Calls of one router. One thread, the engine's.
+
+    ``policy`` is for experts without a living copy: wait for one, ``group_wait_s`` at most; fail at once; or degrade,
+    which leaves them out and says so in the step's ``missing``.
+    """
 
     def __init__(
         self,
@@ -50,7 +58,9 @@ class Caller:
         group_wait_s: float,
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        policy: str = WAIT,
     ) -> None:
+        self._policy = policy
         self._fabric, self._clock, self._sleep = fabric, clock, sleep
         self.call_timeout_s, self._group_wait_s = call_timeout_s, group_wait_s
         self._call_ids = itertools.count(1)
@@ -68,7 +78,7 @@ class Caller:
         return self._fabric.last_owner(layer, int(part.rows.pairs_3P[1, 0]))
 
     def send(
-        self, ledger: Ledger, step_id: int, layer: int, parts: list[Part], priority: Priority, traceparent: str = ""
+        self, step: StepContext, layer: int, parts: list[Part], priority: Priority, traceparent: str = ""
     ) -> float:
         """Sends what can be sent; seconds that were spent on groups that could not be reached."""
         table = self._fabric.membership.table
@@ -77,7 +87,7 @@ class Caller:
             began_s = self._clock()
             call = LayerCall(
                 call_id=next(self._call_ids),
-                step_id=step_id,
+                step_id=step.step_id,
                 layer=layer,
                 table_epoch=table.epoch,
                 table_version=table.version,
@@ -95,13 +105,11 @@ class Caller:
                 part.error = exc
                 if not part.failed:  # one that is sent again is waited for, and that wait is booked
                     spent_s = self._clock() - began_s
-                    ledger.wait(self.whose(layer, part), layer, Stage.FAILOVER, spent_s)
+                    step.ledger.wait(self.whose(layer, part), layer, Stage.FAILOVER, spent_s)
                     failing_s += spent_s
         return failing_s
 
-    def reply(
-        self, ledger: Ledger, step_id: int, layer: int, part: Part, decode: bool, waiting: Deadline
-    ) -> LayerReply:
+    def reply(self, step: StepContext, layer: int, part: Part, decode: bool, waiting: Deadline) -> LayerReply:
         """The part's reply, from its group or, when that fails, from other copies and whoever the newest table names.
 
         Raises:
@@ -115,7 +123,7 @@ class Caller:
             try:
                 if not covered:
                     return part.pending.wait(waiting)
-                return self._from_any_copy(ledger, step_id, layer, part, part.pending, decode, waiting)
+                return self._from_any_copy(step, layer, part, part.pending, decode, waiting)
             except ExpertMeshError as exc:
                 error = exc
         assert error is not None
@@ -129,30 +137,32 @@ class Caller:
         if covered and not isinstance(error, Overloaded):
             self._fabric.suspect(part.group, part.rows.hidden_TH)
             self.speeds.gone(part.group)
-        patience = Deadline.after(self._group_wait_s, self._clock)
+        patience = Deadline.after(self._group_wait_s if self._policy == WAIT else 0.0, self._clock)
         while True:
-            if not at_once:
+            if not at_once and self._policy == WAIT:
                 self._sleep(min(RETRY_PAUSE_S, patience.remaining_s()))
             last_try = patience.expired()
             try:
                 if not at_once:
                     self._fabric.refresh()
                 at_once = False
-                return self._again(ledger, step_id, layer, part, decode)
+                return self._again(step, layer, part, decode)
             except RETRIED as exc:
                 error = exc
             if last_try:
-                what = _names(layer, part)
-                raise Unavailable(f"{what} did not answer for {self._group_wait_s:g} s: {error}") from error
+                if self._policy == DEGRADE:
+                    return _nothing(step, layer, part)
+                waited = f" for {self._group_wait_s:g} s" if self._policy == WAIT else ""
+                raise Unavailable(f"{_names(layer, part)} did not answer{waited}: {error}") from error
 
-    def _again(self, ledger: Ledger, step_id: int, layer: int, part: Part, decode: bool) -> LayerReply:
+    def _again(self, step: StepContext, layer: int, part: Part, decode: bool) -> LayerReply:
         """Sends the pairs of a failed part anew; the sum over its rows as one reply."""
         owner_E = self.owners(layer, part.rows.pairs_3P[1].astype(np.int64), decode)
         pieces = self._pieces(part, owner_E)
         self.resent_calls += len(pieces)
         for piece in pieces:
             piece.failed = part.failed
-        self.send(ledger, step_id, layer, pieces, Priority.RESENT)
+        self.send(step, layer, pieces, Priority.RESENT)
         limit = Deadline.after(self.call_timeout_s, self._clock)
         replies = []
         try:
@@ -190,8 +200,7 @@ class Caller:
 
     def _from_any_copy(
         self,
-        ledger: Ledger,
-        step_id: int,
+        step: StepContext,
         layer: int,
         part: Part,
         pending: PendingReply,
@@ -209,15 +218,13 @@ class Caller:
         except DeadlineExceeded:
             if pending.done() or limit.expired():
                 raise
-        return self._race(ledger, step_id, layer, part, pending, limit)
+        return self._race(step, layer, part, pending, limit)
 
-    def _race(
-        self, ledger: Ledger, step_id: int, layer: int, part: Part, pending: PendingReply, limit: Deadline
-    ) -> LayerReply:
+    def _race(self, step: StepContext, layer: int, part: Part, pending: PendingReply, limit: Deadline) -> LayerReply:
         """Sends the call to other copies too; whichever answer is whole first."""
         pieces = self._pieces(part, self._fabric.elsewhere(layer, part.group))
         self.speeds.hedges += len(pieces)
-        self.send(ledger, step_id, layer, pieces, Priority.RESENT)
+        self.send(step, layer, pieces, Priority.RESENT)
         lost = any(piece.error is not None for piece in pieces)
         try:
             while True:
@@ -240,6 +247,13 @@ class Caller:
                 return _sum(part, pieces, replies)
         finally:
             cancel_unanswered(pieces)
+
+
+def _nothing(step: StepContext, layer: int, part: Part) -> LayerReply:
+    """What experts that are missing add to their rows."""
+    part.pending = None
+    step.missing += [ExpertId(layer, expert) for expert in sorted(set(part.rows.pair_expert_P.tolist()))]
+    return LayerReply(torch.zeros(part.rows.hidden_TH.shape, dtype=torch.float32, device=part.rows.hidden_TH.device))
 
 
 def _sum(part: Part, pieces: list[Part], replies: list[LayerReply]) -> LayerReply:

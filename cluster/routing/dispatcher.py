@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,26 +18,15 @@ from cluster.routing.caller import Caller, cancel_unanswered
 from cluster.routing.fabric import Fabric
 from cluster.routing.prediction import chances
 from cluster.routing.split import Floats, Ints, Part, add_rows, split
+from cluster.routing.step import StepContext
 from cluster.telemetry.account import StepEvent
 from cluster.telemetry.critical import Answer, account
-from cluster.telemetry.ledger import Ledger, Stage
-from cluster.telemetry.steps import LayerTimes, StepDetail
+from cluster.telemetry.ledger import Stage
+from cluster.telemetry.steps import LayerTimes
 from cluster.transport.base import LayerReply, PendingReply
 
 Counter = Callable[[int, Ints, int, Priority], None]
 """(MoE layer, logical expert of each pair, number of tokens, what kind of step), of every layer call."""
-
-
-@dataclass(slots=True)
-class StepContext:
-    """What travels beside the layer calls of one step. ``ledger`` may be one that many steps share; ``detail`` is there
-    when somebody asked for every layer's times."""
-
-    step_id: int
-    priority: Priority = Priority.DECODE
-    ledger: Ledger = field(default_factory=Ledger)
-    events: list[StepEvent] = field(default_factory=list)
-    detail: StepDetail | None = None
 
 
 class Dispatcher:
@@ -85,7 +73,7 @@ class Dispatcher:
         parts = split(owner_E, local_TH, rows_P, experts_P, weight_P, experts_per_token)
         times = LayerTimes(layer, started_s) if step.detail is not None else None
         traceparent = step.detail.open(times) if step.detail is not None and times is not None else ""
-        failing_s = caller.send(step.ledger, step.step_id, layer, parts, step.priority, traceparent)
+        failing_s = caller.send(step, layer, parts, step.priority, traceparent)
         sent_s = now_s = self._clock()
         # Groups in this process have computed in the meantime: that is theirs.
         inline_s = self._account_inline(step, layer, parts)
@@ -102,7 +90,7 @@ class Dispatcher:
             for part in parts:
                 from_s = now_s
                 try:
-                    reply = caller.reply(step.ledger, step.step_id, layer, part, decode, waiting)
+                    reply = caller.reply(step, layer, part, decode, waiting)
                 except ExpertMeshError:
                     spent_s = self._clock() - from_s
                     whose, rows = self._caller.whose(layer, part), part.rows.hidden_TH.shape[0]

@@ -76,6 +76,8 @@ class RequestAccount:
     tokens: array[float] = field(default_factory=lambda: array("d"))
     windows: list[Window] = field(default_factory=list)
     events: list[StepEvent] = field(default_factory=list)
+    missing: set[tuple[int, int]] = field(default_factory=set)
+    """(MoE layer, expert) that were left out of a step of its: its answer is not exact."""
     step_links: list[str] = field(default_factory=list)
     """Trace ids of steps of its that were traced in detail."""
     _blocked_s: float = 0.0

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -26,7 +27,7 @@ from cluster.bench.reference import Reference
 from cluster.bench.verify import Load, ask, compare, problems
 from cluster.core import Deadline, LayerCall, Request, SamplingParams, StopParams
 from cluster.engine.events import TokenEvent
-from cluster.errors import Unavailable
+from cluster.errors import LinkBroken, Unavailable
 from cluster.placement.windows import read_windows
 from cluster.rpc.v1 import inference_pb2 as pb
 from cluster.telemetry.account import RequestAccount
@@ -292,3 +293,47 @@ def test_loads_are_recorded_in_windows_that_plan_reads(door: Door, client: Clien
         assert sum(map(sum, raw["decode_tokens"])) > 0
     planned = run_here("plan", "--loads", str(out), "--groups", "2", "--slots", str(2 * info.num_experts), "--json")
     assert last_json(planned)["expert_bytes_known"]
+
+
+class Gone:
+    """A link whose group cannot be reached."""
+
+    def __init__(self, link: Transport) -> None:
+        self._link = link
+        self.lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
+        if self.lost:
+            raise LinkBroken("planted: nobody there")
+        return self._link.submit(call, rows, deadline)
+
+
+def test_a_degraded_answer_says_so_and_which_experts_were_missing_and_spoils_no_other(path: Path) -> None:
+    links: list[Gone] = []
+
+    def spoil(link: Transport) -> Transport:
+        links.append(Gone(link))
+        return links[-1]
+
+    door = Door()
+    prompt = list(range(40, 60))
+    with in_process_router(path, spoil=spoil, data_plane={"missing_experts": "degrade"}) as router:
+        door.open(router)
+        with Client(door.address) as client:
+            right = list(client.generate(request(prompt[::-1])))[-1]
+            links[-1].lost = True
+            [*_, degraded] = client.generate(request(prompt))
+            links[-1].lost = False
+            [*_, again] = client.generate(request(prompt))
+        door.close()
+    assert right.exact
+    assert again.exact, "nothing of the degraded answer was used"
+    assert not again.missing_experts
+    assert not degraded.exact
+    held = router.fabric.membership.groups[links[-1]._link.group].holdings
+    missing = [tuple(map(int, name.split("/"))) for name in degraded.missing_experts]
+    assert missing
+    assert all(expert in held[layer] for layer, expert in missing)

@@ -14,8 +14,9 @@ from cluster.model.packed import Chunk
 from cluster.model.trunk import Trunk
 from cluster.placement.planner import plan_blocks, table_from_groups
 from cluster.routing.caller import Caller
-from cluster.routing.dispatcher import Dispatcher, StepContext
+from cluster.routing.dispatcher import Dispatcher
 from cluster.routing.fabric import Fabric
+from cluster.routing.step import StepContext
 from cluster.transport.inproc import InprocTransport
 from cluster.weights.checkpoint import Checkpoint
 from tests.conftest import MakeTiny

@@ -12,8 +12,9 @@ from cluster.core import Deadline, GroupInfo, LayerCall, Membership
 from cluster.errors import ExpertMeshError, InternalError, LinkBroken, MissingExperts, Unavailable
 from cluster.placement.planner import plan_copies, table_from_groups
 from cluster.routing.caller import Caller
-from cluster.routing.dispatcher import Dispatcher, StepContext
+from cluster.routing.dispatcher import Dispatcher
 from cluster.routing.fabric import Fabric
+from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
 from cluster.transport import codec
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
@@ -91,8 +92,8 @@ class World:
             raise LinkBroken("nobody there")
         return FakeLink(info.group, self)
 
-    def dispatcher(self, call_timeout_s: float = 5.0, group_wait_s: float = 0.3) -> Dispatcher:
-        self.caller = Caller(self.fabric, call_timeout_s, group_wait_s)
+    def dispatcher(self, call_timeout_s: float = 5.0, group_wait_s: float = 0.3, policy: str = "wait") -> Dispatcher:
+        self.caller = Caller(self.fabric, call_timeout_s, group_wait_s, policy=policy)
         return Dispatcher(self.fabric, torch.float32, self.caller)
 
 

@@ -25,7 +25,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.model.packed import Chunk
-from cluster.routing.dispatcher import StepContext
+from cluster.routing.step import StepContext
 from cluster.telemetry.account import StepEvent
 from cluster.telemetry.ledger import Stage
 from cluster.telemetry.records import StepRecord

@@ -15,7 +15,7 @@ from cluster.api.router import Router
 from cluster.model import attention, trunk
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
-from cluster.routing.dispatcher import StepContext
+from cluster.routing.step import StepContext
 from cluster.weights.zoo import WINDOW, architectures
 from tests.conftest import MakeTiny
 from tests.systems import in_process_router

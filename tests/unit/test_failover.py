@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.core import LayerCall
-from cluster.errors import ConfigError, ExpertMeshError, LinkBroken
+from cluster.errors import ConfigError, ExpertMeshError, LinkBroken, Unavailable
 from cluster.placement.planner import plan_copies
 from cluster.routing.choice import LayerCopies
-from cluster.routing.dispatcher import StepContext
 from cluster.routing.speeds import HEDGED_SHARE, Speeds
+from cluster.routing.step import StepContext
 from tests.unit.test_dispatcher import World, batch, wanted
 
 
@@ -163,3 +163,33 @@ def test_hedges_have_a_budget_and_slow_groups_a_price() -> None:
     assert speeds.lost_after_s(7, 4) > 1.0, "nothing is known of it"
     speeds.gone(1)
     assert speeds.cost() == {}
+
+
+def test_experts_without_a_living_copy_fail_at_once_where_that_is_the_policy() -> None:
+    world = World(2)
+    world.dead = {1}
+    began_s = time.monotonic()
+    with pytest.raises(Unavailable, match=r"experts .* of MoE layer 0 did not answer:"):
+        world.dispatcher(group_wait_s=30.0, policy="fail")(StepContext(1), 0, *batch(8))
+    assert time.monotonic() - began_s < 2.0
+
+
+def test_experts_without_a_living_copy_are_left_out_and_named_where_that_is_the_policy() -> None:
+    world, (hidden_TH, index_TK, weight_TK) = World(2), batch(8)
+    world.dead = {1}
+    step = StepContext(1)
+    got_TH = world.dispatcher(group_wait_s=30.0, policy="degrade")(step, 0, hidden_TH, index_TK, weight_TK)
+    lost = set(world.infos[1].holdings[0])
+    kept_TK = torch.where(torch.isin(index_TK, torch.tensor(sorted(lost))), 0.0, weight_TK)
+    assert torch.allclose(got_TH, wanted(hidden_TH, index_TK, kept_TK), atol=1e-5)
+    assert {(e.layer, e.expert) for e in step.missing} == {(0, e) for e in set(index_TK.flatten().tolist()) & lost}
+    assert all(event.kind == "failover" for event in step.events)
+
+
+def test_nothing_is_left_out_while_another_copy_lives() -> None:
+    world, given_ = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher(policy="degrade")
+    world.fail = lambda group, _call: LinkBroken("gone") if group == 1 else None
+    step = StepContext(1)
+    assert torch.allclose(dispatcher(step, 0, *given_), wanted(*given_), atol=1e-5)
+    assert step.missing == []

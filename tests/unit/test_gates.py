@@ -11,8 +11,8 @@ from cluster.core import LayerCall, Order, Priority, StoreFacts
 from cluster.errors import InvalidArgument
 from cluster.model.packed import Chunk
 from cluster.model.trunk import Prewarm
-from cluster.routing.dispatcher import StepContext
 from cluster.routing.prediction import CHOSEN, MAX_DEPTH, NEARLY, chances, look_ahead
+from cluster.routing.step import StepContext
 from cluster.transport.codec import decode_order, encode_order
 from cluster.transport.orders import WaitingOrders
 from cluster.weights.zoo import architectures

@@ -316,3 +316,17 @@ def test_a_removed_sequence_makes_room() -> None:
     world.scheduler.remove(second)
     assert world.scheduler.next_step() == []
     assert world.pool.num_used == 0
+
+
+def test_what_was_computed_without_some_experts_is_nobody_else_s_prefix() -> None:
+    world = World(block_size=4)
+    first = world.add(numbered(12), 3)
+    first.degraded = True
+    world.step()
+    second = world.add(numbered(12), 2)
+    world.step()
+    assert second.cached_tokens == 0
+    world.run(20)
+    third = world.add(numbered(12), 2)
+    world.step()
+    assert third.cached_tokens > 0, "the second one's is sound"

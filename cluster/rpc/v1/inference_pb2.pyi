@@ -340,6 +340,7 @@ class GenerateChunk(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text since the chunk before; whole UTF-8 characters, possibly empty while one is incomplete."""
     finish_reason: Global___FinishReason.ValueType
@@ -360,6 +361,10 @@ class GenerateChunk(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTime]:
         """Set on the last chunk."""
 
+    @_builtins.property
+    def missing_experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Set on the last chunk: LAYER/EXPERT of what was left out because no living group held it; such answers are not exact."""
+
     def __init__(
         self,
         *,
@@ -370,10 +375,11 @@ class GenerateChunk(_message.Message):
         exact: _builtins.bool = ...,
         trace_id: _builtins.str = ...,
         stages: _abc.Iterable[Global___StageTime] | None = ...,
+        missing_experts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "finish_reason", b"finish_reason", "stages", b"stages", "text", b"text", "tokens", b"tokens", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "finish_reason", b"finish_reason", "missing_experts", b"missing_experts", "stages", b"stages", "text", b"text", "tokens", b"tokens", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,6 +396,7 @@ class GenerateReply(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The whole text."""
     finish_reason: Global___FinishReason.ValueType
@@ -410,6 +417,10 @@ class GenerateReply(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTime]:
         """As in GenerateChunk."""
 
+    @_builtins.property
+    def missing_experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in GenerateChunk."""
+
     def __init__(
         self,
         *,
@@ -420,10 +431,11 @@ class GenerateReply(_message.Message):
         exact: _builtins.bool = ...,
         trace_id: _builtins.str = ...,
         stages: _abc.Iterable[Global___StageTime] | None = ...,
+        missing_experts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "finish_reason", b"finish_reason", "stages", b"stages", "text", b"text", "tokens", b"tokens", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "finish_reason", b"finish_reason", "missing_experts", b"missing_experts", "stages", b"stages", "text", b"text", "tokens", b"tokens", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
