@@ -20,7 +20,8 @@ from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.crew import Crew
 from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, fits_half
 from cluster.experts.loads import LoadNotes
-from cluster.experts.store import ExpertStore
+from cluster.experts.store import ExpertStore, Fill
+from cluster.experts.tiers import HostTier
 from cluster.telemetry.memory import give_back_at_once
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES
@@ -55,6 +56,8 @@ class Compute:
     """Where they do not all fit, some are loaded before a call names them."""
     direct: bool = False
     """Where they do not all fit, they are read past the page cache."""
+    from_host: bool = False
+    """Where they do not all fit, they come from host memory, which holds all of them: always so beside a GPU."""
 
     @property
     def exact(self) -> bool:
@@ -247,17 +250,20 @@ def _stored(
 ) -> ExpertBank:
     """A bank whose experts are loaded when calls name them."""
     layers = weights.skeleton.moe_layers
-    if not how.exact or how.device.type != "cpu":
-        raise ConfigError("expert_memory: a budget is for experts in the served dtype, on CPUs")
+    if not how.exact:
+        raise ConfigError("expert_memory: a budget is for experts in the served dtype")
     shapes = [{key: tuple(p.shape[1:]) for key, p in layer.module.named_parameters()} for layer in layers]
 
     give_back_at_once()
     reader = ExpertReader(weights, how.dtype, how.direct)
 
-    def fill(layer: int, expert: int, target: Target) -> None:
+    def from_disk(layer: int, expert: int, target: Target) -> None:
         reader.fill(layers[layer], expert, target)
 
-    store = ExpertStore(fill, shapes, holdings, how.memory_bytes, how.dtype, notes, how.predicts)
+    fill: Fill = from_disk
+    if how.from_host or how.device.type != "cpu":
+        fill = HostTier(reader, layers, holdings, how.device, LOADING_THREADS).fill
+    store = ExpertStore(fill, shapes, holdings, how.memory_bytes, how.dtype, notes, how.predicts, device=how.device)
     banks = []
     for layer, experts in zip(layers, holdings, strict=True):
         slot_of_E = np.full(layer.num_experts, -1, np.int64)

@@ -96,10 +96,11 @@ class ExpertStore:
         notes: LoadNotes,
         predicts: bool = True,
         clock: Clock = time.monotonic,
+        device: torch.device | None = None,
     ) -> None:
         self._fill, self._notes, self._clock, self._predicts = fill, notes, clock, predicts
         self._lock = threading.Condition()
-        self._pool_of = _pools(shapes, holdings, budget_bytes, dtype)
+        self._pool_of = _pools(shapes, holdings, budget_bytes, dtype, device or torch.device("cpu"))
         pools = self._pools()
         held_LE = np.zeros((len(holdings), 1 + max((max(experts, default=0) for experts in holdings), default=0)), bool)
         for layer, experts in enumerate(holdings):
@@ -342,6 +343,7 @@ def _pools(
     holdings: Sequence[Sequence[int]],
     budget_bytes: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Pool]:
     """The pool of each layer; layers of one shape share theirs, and the budget is divided by what they hold."""
     kinds: dict[Any, list[int]] = {}
@@ -360,7 +362,7 @@ def _pools(
                 f"expert_memory: got {budget_bytes} bytes for experts of {total} bytes; must be at least {least}, so "
                 "that two of each shape fit"
             )
-        tensors = {name: torch.empty((max(1, slots), *shape), dtype=dtype) for name, shape in kind}
+        tensors = {name: torch.empty((max(1, slots), *shape), dtype=dtype, device=device) for name, shape in kind}
         pool = Pool(tensors, sizes[kind], list(range(slots))[::-1], slots)
         for layer in layers:
             found[layer] = pool

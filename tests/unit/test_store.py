@@ -231,9 +231,11 @@ def test_a_budget_for_less_than_two_experts_is_refused_with_numbers() -> None:
         store_of(Disk(), 1)
 
 
-@pytest.mark.parametrize("arch", ["deepseek_v3", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize(
+    ("arch", "from_host"), [("deepseek_v3", False), ("gpt_oss", False), ("mixtral", False), ("gpt_oss", True)]
+)
 def test_a_bank_in_a_store_computes_what_a_resident_one_does(
-    arch: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+    arch: str, from_host: bool, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(tiny(arch))
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
@@ -242,7 +244,8 @@ def test_a_bank_in_a_store_computes_what_a_resident_one_does(
     size = weights.expert_bytes(layers[0], torch.float32)
     device = torch.device("cpu")
     resident = ExpertBank.load(0, weights, held, Compute(torch.float32, device))
-    stored = ExpertBank.load(0, weights, held, Compute(torch.float32, device, memory_bytes=3 * size))
+    how = Compute(torch.float32, device, memory_bytes=3 * size, from_host=from_host)
+    stored = ExpertBank.load(0, weights, held, how)
     assert stored.store is not None
     assert stored.num_bytes <= 3 * size
     hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
@@ -258,7 +261,7 @@ def test_a_bank_in_a_store_computes_what_a_resident_one_does(
         rows = LayerRows.of(torch.randn(count, hidden_size), np.arange(count), experts, np.random.rand(count))
         assert torch.allclose(stored.compute(0, rows), resident.compute(0, rows), atol=1e-5)
     less = [list(range(1, layer.num_experts)) for layer in layers]
-    partly = ExpertBank.load(0, weights, less, Compute(torch.float32, device, memory_bytes=3 * size))
+    partly = ExpertBank.load(0, weights, less, how)
     rows = LayerRows.of(torch.randn(1, hidden_size), [0], [0], [1.0])
     with pytest.raises(MissingExperts):
         partly.compute(0, rows)
