@@ -1,7 +1,7 @@
 """Where experts come from that are not in compute memory: the disk (`cluster.weights.reader`), or host memory.
 
-Beside a GPU all of a group's experts are read once, into pinned host memory, and copied to the GPU on a stream of its own
-when they are called for or will be; the group's process sits on the GPU's NUMA node, and so does what it allocates.
+Beside a GPU all of a group's experts are read once, into pinned host memory, and copied to the GPU on a stream of its
+own when they are called for or will be; the process sits on the GPU's NUMA node, and so does what it allocates.
 """
 
 from __future__ import annotations
