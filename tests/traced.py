@@ -88,7 +88,7 @@ class Traced:
         def fault() -> None:
             time.sleep(after_s)
             host.submit = refuse  # type: ignore[method-assign, assignment]
-            self.groups[1]._drop_links()
+            self.groups[1].drop_links()
             time.sleep(for_s)
             host.submit = submit  # type: ignore[method-assign]
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from cluster.errors import ExpertMeshError
+
 Pid = Callable[[], int]
 """The process id of the group that is damaged, as it is now: a restarted group has another one."""
 SLICE_S = 0.02
@@ -107,7 +109,10 @@ def _kills_whoever_is_new(group: Pid) -> Callable[[], None]:
     killed: set[int] = set()
 
     def look() -> None:
-        pid = group()
+        try:
+            pid = group()
+        except ExpertMeshError:
+            return  # it is not back yet
         if pid not in killed and psutil.pid_exists(pid):
             killed.add(pid)
             _signal(pid, signal.SIGKILL)
@@ -119,11 +124,15 @@ def _kills_whoever_is_new(group: Pid) -> Callable[[], None]:
 def _repeating(action: Callable[[], None], pause_s: float) -> Iterator[None]:
     """Runs an action again and again in a thread, and ends with it done."""
     stop = threading.Event()
+    failed: list[Exception] = []
 
     def run() -> None:
-        while not stop.is_set():
-            action()
-            stop.wait(pause_s)
+        try:
+            while not stop.is_set():
+                action()
+                stop.wait(pause_s)
+        except Exception as exc:  # noqa: BLE001 (raised where the drill waits)
+            failed.append(exc)
 
     thread = threading.Thread(target=run, name="damage", daemon=True)
     thread.start()
@@ -132,3 +141,5 @@ def _repeating(action: Callable[[], None], pause_s: float) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(30)
+    if failed:
+        raise failed[0]

@@ -22,9 +22,10 @@ from cluster.api.client import Client
 from cluster.bench.damage import Kind, damaged
 from cluster.bench.reference import Reference
 from cluster.bench.verify import NEAR_TIE
-from cluster.errors import ExpertMeshError, InvalidArgument, Unavailable
+from cluster.errors import ConfigError, ExpertMeshError, InvalidArgument, Unavailable
 from cluster.routing.speeds import HEDGED_SHARE
 from cluster.rpc.v1 import control_pb2, inference_pb2
+from cluster.telemetry.memory import process_facts
 
 Progress = Callable[[str], None]
 
@@ -57,6 +58,8 @@ class Answered:
     """One request: its prompt's number, tokens and when they came, and what it failed with."""
 
     prompt: int
+    new: int
+    sent_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     error: str = ""
@@ -89,11 +92,13 @@ class _Streams:
         with Client(self._address, timeout_s=_GRACE_S) as client:
             while not self._stop.is_set():
                 with self._lock:
-                    answer = Answered(self._next % len(self._prompts))
+                    # Of different lengths, so that prefills of some meet decoding of others.
+                    new = self._work.new - self._next * 7 % (self._work.new // 2)
+                    answer = Answered(self._next % len(self._prompts), new, time.monotonic())
                     self._next += 1
                     self.answers.append(answer)
                 ids = inference_pb2.TokenIds(ids=self._prompts[answer.prompt])
-                request = inference_pb2.GenerateRequest(prompt_ids=ids, max_new_tokens=self._work.new, ignore_eos=True)
+                request = inference_pb2.GenerateRequest(prompt_ids=ids, max_new_tokens=answer.new, ignore_eos=True)
                 try:
                     for chunk in client.generate(request):
                         answer.exact = chunk.exact  # the last one says it
@@ -145,7 +150,7 @@ def run(kind: Kind, system: System, model: Path, work: Work, group: int, progres
         finally:
             streams.end()
         last = client.status()
-    report = _report(streams.answers, known, begun_s, ended_s if recovered_s is None else max(recovered_s, ended_s))
+    report = _report(streams.answers, begun_s, ended_s if recovered_s is None else max(recovered_s, ended_s))
     report |= _wrong(reference, prompts, known, streams.answers)
     report |= {
         "drill": kind.name,
@@ -163,10 +168,14 @@ def run(kind: Kind, system: System, model: Path, work: Work, group: int, progres
 
 
 def _pid_of(client: Client, group: int) -> int:
-    found = next((item.process.pid for item in client.status().groups if item.group == group), 0)
-    if not found:
+    process = next((item.process for item in client.status().groups if item.group == group), None)
+    if process is None or not process.pid:
         raise Unavailable(f"group {group} is not there")
-    return int(found)
+    if process.host != process_facts().host:
+        raise ConfigError(
+            f"--group: group {group} is on {process.host}; a drill reaches processes of its own host only"
+        )
+    return int(process.pid)
 
 
 def _wait_until_back(client: Client, group: int, first: control_pb2.StatusReply, limit_s: float) -> None:
@@ -199,7 +208,7 @@ def _wait_for(streams: _Streams, before: float, ended_s: float, limit_s: float, 
     return None
 
 
-def _report(answers: list[Answered], known: list[list[int]], begun_s: float, until_s: float) -> dict[str, Any]:
+def _report(answers: list[Answered], begun_s: float, until_s: float) -> dict[str, Any]:
     gaps: dict[str, list[float]] = {"before": [], "during": []}
     for answer in answers:
         for earlier, later in zip(answer.times_s, answer.times_s[1:], strict=False):
@@ -207,9 +216,13 @@ def _report(answers: list[Answered], known: list[list[int]], begun_s: float, unt
                 gaps["before"].append(later - earlier)
             elif earlier <= until_s:
                 gaps["during"].append(later - earlier)
+    firsts = {
+        name: [a.times_s[0] - a.sent_s for a in answers if a.times_s and (a.times_s[0] < begun_s) == (name == "before")]
+        for name in gaps
+    }
     errors: dict[str, int] = {}
     for answer in answers:
-        short = answer.error.split(":")[0] or ("short" if len(answer.tokens) != len(known[answer.prompt]) else "")
+        short = answer.error.split(":")[0] or ("short" if len(answer.tokens) != answer.new else "")
         if short:
             errors[short] = errors.get(short, 0) + 1
     p99 = {name: float(np.quantile(found, 0.99) * 1e3) if found else None for name, found in gaps.items()}
@@ -221,6 +234,7 @@ def _report(answers: list[Answered], known: list[list[int]], begun_s: float, unt
         "max_token_gap_ms": max(gaps["during"], default=0.0) * 1e3,
         "max_token_gap_before_ms": max(gaps["before"], default=0.0) * 1e3,
         "token_gap_p99_ms": p99,
+        "max_first_token_ms": {name: max(found, default=0.0) * 1e3 for name, found in firsts.items()},
         "gaps": {name: len(found) for name, found in gaps.items()},
         "damage_s": until_s - begun_s,
     }

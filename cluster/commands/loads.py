@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.commands.common import DEFAULT_SERVER, Json, Server, emit, reporting, stdout
-from cluster.errors import ConfigError, InvalidArgument
+from cluster.errors import ConfigError, InvalidArgument, Unavailable
 
 _NAMES = ("decode_tokens", "prefill_tokens", "activations")
 
@@ -61,13 +61,13 @@ Sums = dict[str, list[list[int]]]
 def _sums(client: Any, shape: tuple[int, int]) -> Sums:
     """By name, layer and expert; a server that nobody has asked yet tells no layers."""
     layers = client.loads().layers
-    return {
-        name: [list(getattr(layer, name)) for layer in layers] or [[0] * shape[1] for _ in range(shape[0])]
-        for name in _NAMES
-    }
+    none = [[0] * shape[1] for _ in range(shape[0] - len(layers))]
+    return {name: [list(getattr(layer, name)) for layer in layers] + none for name in _NAMES}
 
 
 def _window(before: Sums, now: Sums, seconds: float) -> dict[str, Any]:
+    if any(sum(map(sum, now[name])) < sum(map(sum, before[name])) for name in _NAMES):
+        raise Unavailable("the server was started anew while its loads were recorded; record again")
     grown = {
         name: [
             [later - earlier for later, earlier in zip(after_E, before_E, strict=True)]

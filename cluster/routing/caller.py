@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 RETRY_PAUSE_S = 0.05
 RETRIED = (Unavailable, MissingExperts, Overloaded, DeadlineExceeded)
+_TRIES = 3
+"""Further tries without a pause where nobody is waited for."""
 _TURN_S = 0.002
 """A call that was sent twice is waited for in turns of this length."""
 
@@ -95,12 +97,12 @@ class Caller:
                 timeout_ms=int(self.call_timeout_s * 1000),
                 traceparent=traceparent,
             )
-            self.speeds.calls += 1
+            self.speeds.sent()
             try:
                 if part.group < 0:
                     raise Unavailable(f"no living group holds {_names(layer, part)}")
                 part.link = self._fabric.link(part.group)
-                part.pending = part.link.submit(call, part.rows, Deadline.after(self.call_timeout_s, self._clock))
+                part.pending = part.link.submit(call, part.rows, self._limit(layer, part))
             except ExpertMeshError as exc:
                 part.error = exc
                 if not part.failed:  # one that is sent again is waited for, and that wait is booked
@@ -108,6 +110,13 @@ class Caller:
                     step.ledger.wait(self.whose(layer, part), layer, Stage.FAILOVER, spent_s)
                     failing_s += spent_s
         return failing_s
+
+    def _limit(self, layer: int, part: Part) -> Deadline:
+        """When a call counts as lost: soon where its experts have other copies."""
+        seconds = self.call_timeout_s
+        if self._fabric.has_copies and self._fabric.covered(layer, part.rows.pairs_3P[1], part.group):
+            seconds = min(seconds, self.speeds.lost_after_s(part.group, len(part.rows.hidden_TH)))
+        return Deadline.after(seconds, self._clock)
 
     def reply(self, step: StepContext, layer: int, part: Part, decode: bool, waiting: Deadline) -> LayerReply:
         """The part's reply, from its group or, when that fails, from other copies and whoever the newest table names.
@@ -134,28 +143,33 @@ class Caller:
         log.warning("layer %d: call to group %d failed (%s); sending it again", layer, part.group, error)
         # Where only one of a link's transports broke, the group is there and the other one carries the call at once.
         at_once = covered or (isinstance(error, LinkBroken) and part.link is not None and part.link.healthy())
-        if covered and not isinstance(error, Overloaded):
-            self._fabric.suspect(part.group, part.rows.hidden_TH)
-            self.speeds.gone(part.group)
-        patience = Deadline.after(self._group_wait_s if self._policy == WAIT else 0.0, self._clock)
-        while True:
-            if not at_once and self._policy == WAIT:
+        self._doubt(part, error)
+        patience = Deadline.after(self._group_wait_s, self._clock)
+        for tries in itertools.count():
+            waits = self._policy == WAIT or isinstance(error, Overloaded)
+            if not at_once and waits:
                 self._sleep(min(RETRY_PAUSE_S, patience.remaining_s()))
-            last_try = patience.expired()
+            last_try = patience.expired() if waits else tries >= _TRIES
             try:
                 if not at_once:
                     self._fabric.refresh()
                 at_once = False
-                return self._again(step, layer, part, decode)
+                return self._again(step, layer, part, decode, patience)
             except RETRIED as exc:
                 error = exc
             if last_try:
-                if self._policy == DEGRADE:
-                    return _nothing(step, layer, part)
-                waited = f" for {self._group_wait_s:g} s" if self._policy == WAIT else ""
+                waited = f" for {self._group_wait_s:g} s" if waits else ""
                 raise Unavailable(f"{_names(layer, part)} did not answer{waited}: {error}") from error
 
-    def _again(self, step: StepContext, layer: int, part: Part, decode: bool) -> LayerReply:
+        raise AssertionError("unreachable")
+
+    def _doubt(self, part: Part, error: ExpertMeshError) -> None:
+        """Nobody who has a choice asks this group again before it has answered a probe."""
+        if part.group >= 0 and isinstance(error, (LinkBroken, DeadlineExceeded)):
+            self._fabric.suspect(part.group, part.rows.hidden_TH)
+            self.speeds.gone(part.group)
+
+    def _again(self, step: StepContext, layer: int, part: Part, decode: bool, patience: Deadline) -> LayerReply:
         """Sends the pairs of a failed part anew; the sum over its rows as one reply."""
         owner_E = self.owners(layer, part.rows.pairs_3P[1].astype(np.int64), decode)
         pieces = self._pieces(part, owner_E)
@@ -163,22 +177,27 @@ class Caller:
         for piece in pieces:
             piece.failed = part.failed
         self.send(step, layer, pieces, Priority.RESENT)
-        limit = Deadline.after(self.call_timeout_s, self._clock)
+        # Longer than patience, if that is short: a call that was sent again deserves an answer.
+        limit = Deadline(max(patience.at_s, self._clock() + self.call_timeout_s), self._clock)
+        limits = [limit.earlier(self._limit(layer, piece)) for piece in pieces]
         replies = []
         try:
-            for piece in pieces:
-                if piece.error is not None:
-                    raise piece.error
-                assert piece.pending is not None
-                within = limit
-                if self._fabric.covered(layer, piece.rows.pairs_3P[1], piece.group):
-                    lost_s = self.speeds.lost_after_s(piece.group, len(piece.rows.hidden_TH))
-                    within = limit.earlier(Deadline.after(lost_s, self._clock))
+            for piece, within in zip(pieces, limits, strict=True):
                 try:
+                    if piece.error is not None:
+                        raise piece.error
+                    assert piece.pending is not None
                     replies.append(piece.pending.wait(within))
-                except (LinkBroken, DeadlineExceeded):
-                    self._fabric.suspect(piece.group, piece.rows.hidden_TH)
-                    raise
+                except RETRIED as exc:
+                    self._doubt(piece, exc)
+                    others_E = self._fabric.elsewhere(layer, piece.group)
+                    if (
+                        self._policy != DEGRADE
+                        or isinstance(exc, Overloaded)
+                        or (others_E[piece.rows.pairs_3P[1]] >= 0).any()
+                    ):
+                        raise
+                    replies.append(_nothing(step, layer, piece))
         finally:
             cancel_unanswered(pieces)
         part.pending = None
@@ -216,14 +235,16 @@ class Caller:
         try:
             return pending.wait(limit.earlier(Deadline(pending.sent_s + hedge_s, self._clock)))
         except DeadlineExceeded:
-            if pending.done() or limit.expired():
+            if pending.done():  # it has come a moment later, or the group says so
+                return pending.wait(limit)
+            if limit.expired():
                 raise
         return self._race(step, layer, part, pending, limit)
 
     def _race(self, step: StepContext, layer: int, part: Part, pending: PendingReply, limit: Deadline) -> LayerReply:
         """Sends the call to other copies too; whichever answer is whole first."""
         pieces = self._pieces(part, self._fabric.elsewhere(layer, part.group))
-        self.speeds.hedges += len(pieces)
+        self.speeds.hedged(len(pieces))
         self.send(step, layer, pieces, Priority.RESENT)
         lost = any(piece.error is not None for piece in pieces)
         try:
@@ -231,7 +252,9 @@ class Caller:
                 try:
                     return pending.wait(limit.earlier(Deadline.after(_TURN_S, self._clock)))
                 except ExpertMeshError:
-                    if lost and (pending.done() or limit.expired()):
+                    if lost and pending.done():
+                        return pending.wait(limit)
+                    if lost and limit.expired():
                         raise
                 if lost:
                     continue
@@ -244,6 +267,8 @@ class Caller:
                     continue
                 self.hedges_won += len(pieces)
                 cancel_unanswered([part])
+                if self.speeds.beaten(part.group):
+                    self._fabric.suspect(part.group, part.rows.hidden_TH)
                 return _sum(part, pieces, replies)
         finally:
             cancel_unanswered(pieces)

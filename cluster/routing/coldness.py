@@ -68,11 +68,12 @@ class Coldness:
     def called(self, layer: int, experts_P: Any, num_tokens: int) -> None:
         """A layer call of so many tokens named these experts, one a pair: they are in memory now."""
         cold_LE = self._cold_LE
-        if cold_LE is None or layer >= len(cold_LE):
-            return
+        share_LE = self._share_LE
+        if cold_LE is None or cold_LE.shape != share_LE.shape or layer >= len(cold_LE):
+            return  # groups came or went a moment ago
         most = cold_LE.shape[1]
         counts_E = np.bincount(experts_P, minlength=most)[:most]
-        share_E = self._share_LE[layer]
+        share_E = share_LE[layer]
         share_E += (counts_E / np.float32(max(1, num_tokens)) - share_E) * np.float32(_MEMORY)
         cold_LE[layer, counts_E > 0] = 0.0
 

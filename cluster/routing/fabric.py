@@ -110,9 +110,13 @@ class Fabric:
             self._membership = membership
             stores = {info.group: info.store for info in membership.groups.values() if info.store is not None}
             self._stores, self._depth = frozenset(stores), look_ahead(stores.values())
-            for group in [g for g in self._links if self._stale(g)]:
-                self._drop(group)
+            gone = [(group, self._take_out(group)) for group in [g for g in self._links if self._stale(g)]]
+            for group in [group for group in self._suspects if group not in membership.groups]:
+                self._suspects.pop(group)
+            for group, _ in gone:
                 self._doubt(group, None)
+        for _, link in gone:
+            link.close()  # not under the lock: it may wait for a thread of its own
         if self._follower is not None:
             self._follower(membership)
 
@@ -120,16 +124,19 @@ class Fabric:
         info = self._membership.groups.get(group)
         return info is None or info.incarnation != self._incarnations[group] or not self._links[group].healthy()
 
-    def _drop(self, group: GroupId) -> None:
-        self._links.pop(group).close()
+    def _take_out(self, group: GroupId) -> Transport:
         self._incarnations.pop(group, None)
+        return self._links.pop(group)
 
     def _follow(self) -> None:
         while not self._stop.wait(PROBE_PERIOD_S if self._suspects else REFRESH_PERIOD_S):
             try:
                 self.refresh()
                 for group in list(self.membership.groups):
-                    self._reach(group)
+                    try:
+                        self._reach(group)
+                    except ExpertMeshError as exc:  # the others are there all the same
+                        log.warning("group %d cannot be reached: %s", group, exc)
             except ExpertMeshError as exc:
                 log.warning("placement refresh: %s", exc)
             except Exception:
@@ -186,7 +193,7 @@ class Fabric:
             return sorted(self._suspects)
 
     def _doubt(self, group: GroupId, row_1H: torch.Tensor | None) -> None:
-        if self.has_copies:
+        if group in self._membership.groups:
             if row_1H is not None or group not in self._suspects:
                 self._suspects[group] = row_1H
             self._copies = {}
@@ -199,7 +206,7 @@ class Fabric:
                 return
             row_1H, info = self._suspects[group], self._membership.groups.get(group)
             if row_1H is not None and info is not None:
-                layer, experts = next((i, held) for i, held in enumerate(info.holdings) if held)
+                layer, experts = next(((i, held) for i, held in enumerate(info.holdings) if held), (0, (0,)))
                 rows = LayerRows.of(row_1H, [0], experts[:1], 0.0)
                 call = LayerCall(next(self._probes), 0, layer, 0, 0, timeout_ms=int(PROBE_TIMEOUT_S * 1000))
                 pending = link.submit(call, rows, Deadline.after(PROBE_TIMEOUT_S, self._clock))
@@ -212,8 +219,9 @@ class Fabric:
             log.info("group %d does not answer yet: %s", group, exc)
             return
         with self._lock:
-            self._suspects.pop(group, None)
-            self._copies = {}
+            if self._suspects.get(group) is row_1H:  # it was not doubted anew meanwhile
+                self._suspects.pop(group, None)
+                self._copies = {}
         log.warning("group %d answers again", group)
 
     def store_links(self) -> list[Transport]:
@@ -238,11 +246,12 @@ class Fabric:
             LinkRefused: the group refuses this router.
         """
         with self._lock:
-            if group in self._links and self._stale(group):
-                self._drop(group)
+            stale = self._take_out(group) if group in self._links and self._stale(group) else None
             if group in self._links:
                 return self._links[group]
             info = self._membership.groups.get(group)
+        if stale is not None:
+            stale.close()
         if info is None:
             raise LinkBroken(f"group {group} is not among the living groups")
         # Not under the lock: a host that does not answer would stop everybody who asks for a table.
@@ -272,8 +281,9 @@ class Fabric:
         if self._thread is not None:
             self._thread.join(timeout=10)
         with self._lock:
-            for group in list(self._links):
-                self._drop(group)
+            links = [self._take_out(group) for group in list(self._links)]
+        for link in links:
+            link.close()
 
 
 def _status(link: Transport) -> LinkStatus:

@@ -18,6 +18,11 @@ _MIN_HEDGE_S = 0.02
 _HEDGE_TIMES, _HEDGE_DEVIATIONS = 3.0, 6.0
 _WARM = 8
 """Answers after which a group is known."""
+_BEATEN = 4
+"""Hedges that a group may lose in a row, without an answer of its own, before it is doubted."""
+_FORGIVES = 1024
+"""One choice in so many knows no prices: a group that nobody asks could not show that it is fast again."""
+_MOST_CREDIT = 20.0
 HEDGED_SHARE = 0.05
 """Of all calls at most are sent twice."""
 
@@ -27,6 +32,7 @@ class _Pace:
     """One group's: seconds of its own computing an expert (decode) and a row (prefill), and of whole round trips."""
 
     answers: int = 0
+    beaten: int = 0
     expert_s: float = 0.0
     row_s: float = 0.0
     trip_s: float = 0.0
@@ -38,21 +44,38 @@ class Speeds:
 
     def __init__(self) -> None:
         self._paces: dict[GroupId, _Pace] = {}
-        self.calls = self.hedges = 0
+        self.calls = self.hedges = self._asked = 0
+        self._credit = 0.0
         self._cost: dict[GroupId, float] = {}
 
     def answered(self, group: GroupId, decode: bool, rows: int, experts: int, compute_s: float, trip_s: float) -> None:
         """A call was answered: by the group's clock after ``compute_s``, by ours after ``trip_s``."""
         pace = self._paces.setdefault(group, _Pace())
-        weight = 1.0 if not pace.answers else max(_MEMORY, 1 / (1 + pace.answers))
-        pace.answers += 1
         if decode:
+            weight = max(_MEMORY, 1 / (1 + pace.answers))
+            pace.answers, pace.beaten = pace.answers + 1, 0
             pace.expert_s += (compute_s / max(1, experts) - pace.expert_s) * weight
             self._cost.clear()
             pace.deviation_s += (abs(trip_s - pace.trip_s) - pace.deviation_s) * weight
             pace.trip_s += (trip_s - pace.trip_s) * weight
         else:
-            pace.row_s += (compute_s / max(1, rows) - pace.row_s) * (weight if pace.row_s else 1.0)
+            pace.row_s += (compute_s / max(1, rows) - pace.row_s) * (_MEMORY if pace.row_s else 1.0)
+
+    def beaten(self, group: GroupId) -> bool:
+        """A call to it was answered by another copy first; whether that has been so too often in a row."""
+        pace = self._paces.setdefault(group, _Pace())
+        pace.beaten += 1
+        return pace.beaten >= _BEATEN
+
+    def sent(self) -> None:
+        """A call was sent."""
+        self.calls += 1
+        self._credit = min(_MOST_CREDIT, self._credit + HEDGED_SHARE)
+
+    def hedged(self, calls: int) -> None:
+        """So many of them were sent because another one took long."""
+        self.hedges += calls
+        self._credit -= calls
 
     def gone(self, group: GroupId) -> None:
         """Whoever comes back under this number is somebody else."""
@@ -62,6 +85,9 @@ class Speeds:
     def cost(self) -> dict[GroupId, float]:
         """What an expert costs each group relative to the cheapest one, in steps of a half: below that it is noise, and
         choices would differ from step to step for nothing."""
+        self._asked += 1
+        if self._asked % _FORGIVES == 0:
+            return {}
         if not self._cost:
             known = {group: pace.expert_s for group, pace in self._paces.items() if pace.answers >= _WARM}
             least = min((each for each in known.values() if each > 0), default=0.0)
@@ -81,7 +107,7 @@ class Speeds:
         """Seconds after which a decode call is worth sending to another copy too; None where there is nothing to go by,
         or enough calls have been sent twice."""
         pace = self._paces.get(group)
-        if not decode or pace is None or pace.answers < _WARM or self.hedges + 1 > HEDGED_SHARE * self.calls:
+        if not decode or pace is None or pace.answers < _WARM or self._credit < 1.0:
             return None
         usual_s = min((p.trip_s for p in self._paces.values() if p.answers >= _WARM), default=pace.trip_s)
         deviation_s = min((p.deviation_s for p in self._paces.values() if p.answers >= _WARM), default=0.0)

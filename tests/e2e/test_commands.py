@@ -103,9 +103,10 @@ def test_verify_passes_on_a_joined_cluster_over_a_mix_of_links_and_each_process_
     assert all(len(set(r["visible_devices"])) == r["groups"] + 1 for r in result["runs"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kind",  # what `compare` says of each is an integration test
-    ["wrong", pytest.param("zeroed", marks=pytest.mark.full), pytest.param("swapped", marks=pytest.mark.full)],
+    ["wrong", "zeroed", "swapped"],
 )
 def test_verify_exits_1_on_a_planted_error(kind: str, ray_address: str, tiny: MakeTiny, tmp_path: Path) -> None:
     served = plant(tiny("qwen3_moe"), tmp_path / "served", kind)
@@ -115,6 +116,7 @@ def test_verify_exits_1_on_a_planted_error(kind: str, ray_address: str, tiny: Ma
     assert last_json(done)["problems"]
 
 
+@pytest.mark.full
 def test_what_a_killed_serve_leaves_on_a_joined_cluster_is_seen_and_removed(
     ray_address: str, tiny: MakeTiny, tmp_path: Path
 ) -> None:
@@ -238,6 +240,7 @@ def test_demo_prints_text_and_stages_and_leaves_nothing() -> None:
     assert not survivors(list(seen.values()))
 
 
+@pytest.mark.full
 def test_ctrl_c_while_it_starts_leaves_nothing() -> None:
     process = subprocess.Popen(
         [*COMMAND, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -13,12 +13,12 @@ from tests.e2e.processes import run_here
 
 
 def answered(times_s: list[float], tokens: list[int] | None = None, error: str = "") -> Answered:
-    return Answered(0, tokens or list(range(len(times_s))), times_s, error)
+    return Answered(0, 4, times_s[0] - 0.1, tokens or list(range(len(times_s))), times_s, error)
 
 
 def report_of(*answers: Answered) -> dict[str, Any]:
     fine = {"mismatched_tokens": 0, "hedged_share": 0.0, "recovery_s": 1.0}
-    return {**_report(list(answers), [[0, 1, 2, 3]], begun_s=10.0, until_s=20.0), **fine}
+    return {**_report(list(answers), begun_s=10.0, until_s=20.0), **fine}
 
 
 def test_gaps_are_told_apart_by_when_they_were() -> None:
@@ -49,7 +49,7 @@ def test_failed_and_short_answers_are_counted_by_what_they_failed_with() -> None
     ],
 )
 def test_a_drill_fails_for_each_limit_alone(kind: str, change: dict[str, Any], word: str) -> None:
-    report = report_of(Answered(0, [0, 1, 2, 3], [1.0, 1.1, 10.1, 10.2], exact=True))
+    report = report_of(Answered(0, 4, 0.9, [0, 1, 2, 3], [1.0, 1.1, 10.1, 10.2], exact=True))
     report |= {"max_token_gap_ms": 100.0, "token_gap_p99_ms": {"before": 10.0, "during": 20.0}}
     assert _problems(KINDS[kind], report) == []
     [problem] = _problems(KINDS[kind], report | change)

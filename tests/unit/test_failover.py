@@ -120,7 +120,7 @@ def test_a_hung_group_costs_a_second_and_the_next_step_nothing() -> None:
     dispatcher = world.dispatcher()
     for step in range(12):
         dispatcher(StepContext(step), 0, *given_)
-    world.caller.speeds.calls = 0  # no hedges
+    world.caller.speeds.hedged(100)  # the budget is spent
     world.delays = {1: 60.0}
     began_s = time.monotonic()
     assert torch.allclose(dispatcher(StepContext(20), 0, *given_), wanted(*given_), atol=1e-5)
@@ -146,17 +146,61 @@ def test_a_call_that_takes_much_longer_than_usual_is_sent_twice_and_the_first_an
     assert world.caller.speeds.hedges <= HEDGED_SHARE * world.caller.speeds.calls + 2
 
 
+def test_a_hung_group_is_doubted_after_a_few_hedges_and_what_others_answered_is_not_its_own_time() -> None:
+    world, given_ = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher()
+    for step in range(60):
+        dispatcher(StepContext(step), 0, *given_)
+    world.delays = {1: 60.0}
+    answers = world.caller.speeds._paces[1].answers
+    for step in range(4):
+        assert world.fabric.suspects() == []
+        assert torch.allclose(dispatcher(StepContext(100 + step), 0, *given_), wanted(*given_), atol=1e-5)
+    assert world.caller.speeds._paces[1].answers == answers
+    assert world.fabric.suspects() == [1]
+    began_s = time.monotonic()
+    dispatcher(StepContext(200), 0, *given_)
+    assert time.monotonic() - began_s < 0.5
+    assert world.caller.resent_calls == 0
+
+
+def test_credit_for_hedges_is_not_saved_up_for_ever() -> None:
+    speeds = Speeds()
+    for _ in range(10):
+        speeds.answered(0, True, 1, 1, 0.001, 0.002)
+    for _ in range(100_000):
+        speeds.sent()
+    hedges = 0
+    while speeds.hedge_after_s(0, decode=True) is not None:
+        speeds.hedged(1)
+        hedges += 1
+    assert hedges <= 20
+
+
+def test_where_a_part_is_left_out_its_other_experts_are_asked_for_elsewhere() -> None:
+    world, (hidden_TH, index_TK, weight_TK) = World(3, copies=2), batch(8)
+    dispatcher = world.dispatcher(policy="degrade")
+    world.fail = lambda group, _call: LinkBroken("gone") if group in (1, 2) else None
+    step = StepContext(1)
+    got_TH = dispatcher(step, 0, hidden_TH, index_TK, weight_TK)
+    left = set(world.infos[0].holdings[0])
+    kept_TK = torch.where(torch.isin(index_TK, torch.tensor(sorted(left))), weight_TK, 0.0)
+    assert torch.allclose(got_TH, wanted(hidden_TH, index_TK, kept_TK), atol=1e-5)
+    assert {e.expert for e in step.missing} == set(index_TK.flatten().tolist()) - left
+
+
 def test_hedges_have_a_budget_and_slow_groups_a_price() -> None:
     speeds = Speeds()
     assert speeds.hedge_after_s(0, decode=True) is None
     for _ in range(20):
         for group, each_s in ((0, 0.001), (1, 0.010)):
             speeds.answered(group, True, 4, 4, 4 * each_s, 4 * each_s + 0.001)
-    speeds.calls = 100
+    for _ in range(100):
+        speeds.sent()
     delay_s = speeds.hedge_after_s(1, decode=True)
     assert delay_s is not None
     assert 0.015 <= delay_s < 0.1
-    speeds.hedges = 5
+    speeds.hedged(5)
     assert speeds.hedge_after_s(1, decode=True) is None
     assert speeds.cost()[1] == pytest.approx(10.0)
     assert speeds.lost_after_s(0, 4) == 1.0
