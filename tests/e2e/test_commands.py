@@ -207,6 +207,7 @@ def test_a_port_in_use_is_said_before_anything_starts() -> None:
     assert "in use" in done.stderr
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_refused_with_numbers_for_each_process() -> None:
     # The budget is of no consequence elsewhere: nothing is allocated before it is used.
     done = subprocess.run(
