@@ -101,8 +101,10 @@ class Caller:
             try:
                 if part.group < 0:
                     raise Unavailable(f"no living group holds {_names(layer, part)}")
+                if self._fabric.has_copies:
+                    part.covered = self._fabric.covered(layer, part.rows.pairs_3P[1], part.group)
                 part.link = self._fabric.link(part.group)
-                part.pending = part.link.submit(call, part.rows, self._limit(layer, part))
+                part.pending = part.link.submit(call, part.rows, self._limit(part))
             except ExpertMeshError as exc:
                 part.error = exc
                 if not part.failed:  # one that is sent again is waited for, and that wait is booked
@@ -111,10 +113,10 @@ class Caller:
                     failing_s += spent_s
         return failing_s
 
-    def _limit(self, layer: int, part: Part) -> Deadline:
+    def _limit(self, part: Part) -> Deadline:
         """When a call counts as lost: soon where its experts have other copies."""
         seconds = self.call_timeout_s
-        if self._fabric.has_copies and self._fabric.covered(layer, part.rows.pairs_3P[1], part.group):
+        if part.covered:
             seconds = min(seconds, self.speeds.lost_after_s(part.group, len(part.rows.hidden_TH)))
         return Deadline.after(seconds, self._clock)
 
@@ -125,12 +127,10 @@ class Caller:
             Unavailable: an expert had no answering copy for ``group_wait_s`` seconds.
             InternalError: a group failed to compute.
         """
-        error, covered = part.error, False
-        if self._fabric.has_copies and part.group >= 0:
-            covered = self._fabric.covered(layer, part.rows.pairs_3P[1], part.group)
+        error = part.error
         if part.pending is not None:
             try:
-                if not covered:
+                if not part.covered:
                     return part.pending.wait(waiting)
                 return self._from_any_copy(step, layer, part, part.pending, decode, waiting)
             except ExpertMeshError as exc:
@@ -142,7 +142,7 @@ class Caller:
         part.failed = f"{type(error).__name__}: {error}"
         log.warning("layer %d: call to group %d failed (%s); sending it again", layer, part.group, error)
         # Where only one of a link's transports broke, the group is there and the other one carries the call at once.
-        at_once = covered or (isinstance(error, LinkBroken) and part.link is not None and part.link.healthy())
+        at_once = part.covered or (isinstance(error, LinkBroken) and part.link is not None and part.link.healthy())
         self._doubt(part, error)
         patience = Deadline.after(self._group_wait_s, self._clock)
         for tries in itertools.count():
@@ -179,7 +179,7 @@ class Caller:
         self.send(step, layer, pieces, Priority.RESENT)
         # Longer than patience, if that is short: a call that was sent again deserves an answer.
         limit = Deadline(max(patience.at_s, self._clock() + self.call_timeout_s), self._clock)
-        limits = [limit.earlier(self._limit(layer, piece)) for piece in pieces]
+        limits = [limit.earlier(self._limit(piece)) for piece in pieces]
         replies = []
         try:
             for piece, within in zip(pieces, limits, strict=True):

@@ -59,27 +59,25 @@ class LayerCopies:
                 busy[group] *= factor
         if not decode:
             free_F = free_F[np.argsort(counts_E[free_F])[::-1]]
-        if self._pairs_only and decode and not cost:
-            chosen = _evenly(self.owner_E[free_F].tolist(), self._second_E[free_F].tolist(), busy)
-        elif not self._pairs_only:
-            chosen = self._among_many(free_F.tolist(), counts_E[free_F].tolist(), decode, busy, price)
-        elif decode:
-            chosen = _by_experts(self.owner_E[free_F].tolist(), self._second_E[free_F].tolist(), busy, price)
+        sizes = [1] * free_F.size if decode else counts_E[free_F].tolist()
+        if not self._pairs_only:
+            chosen = self._among_many(free_F.tolist(), sizes, busy, price)
         else:
             firsts, seconds = self.owner_E[free_F].tolist(), self._second_E[free_F].tolist()
-            chosen = _by_tokens(firsts, seconds, counts_E[free_F].tolist(), busy, price)
+            if decode and not cost:
+                chosen = _evenly(firsts, seconds, busy)
+            else:
+                chosen = _among_two(firsts, seconds, sizes, busy, price)
         owner_E = self.owner_E.copy()
         owner_E[free_F] = chosen
         return owner_E
 
-    def _among_many(
-        self, free: list[int], counts: list[int], decode: bool, busy: list[float], price: list[float]
-    ) -> list[GroupId]:
+    def _among_many(self, free: list[int], sizes: list[int], busy: list[float], price: list[float]) -> list[GroupId]:
         owners, chosen = self._owners, []
-        for expert, count in zip(free, counts, strict=True):
+        for expert, size in zip(free, sizes, strict=True):
             best, least = -1, float("inf")
             for group in owners[expert]:
-                then = busy[group] + (price[group] if decode else count * price[group])
+                then = busy[group] + size * price[group]
                 if then < least:
                     best, least = group, then
             busy[best] = least
@@ -91,7 +89,7 @@ class LayerCopies:
 
 
 def _evenly(firsts: list[int], seconds: list[int], busy: list[float]) -> list[GroupId]:
-    """As `_by_experts` where all groups are as fast."""
+    """As `_among_two` where all groups are as fast and all sizes 1."""
     chosen: list[GroupId] = []
     choose = chosen.append
     for group, second in zip(firsts, seconds, strict=True):
@@ -102,25 +100,12 @@ def _evenly(firsts: list[int], seconds: list[int], busy: list[float]) -> list[Gr
     return chosen
 
 
-def _by_experts(firsts: list[int], seconds: list[int], busy: list[float], price: list[float]) -> list[GroupId]:
-    chosen = []
-    for first, second in zip(firsts, seconds, strict=True):
-        here, there = busy[first] + price[first], busy[second] + price[second]
-        if here <= there:
-            busy[first] = here
-            chosen.append(first)
-        else:
-            busy[second] = there
-            chosen.append(second)
-    return chosen
-
-
-def _by_tokens(
-    firsts: list[int], seconds: list[int], counts: list[int], busy: list[float], price: list[float]
+def _among_two(
+    firsts: list[int], seconds: list[int], sizes: list[int], busy: list[float], price: list[float]
 ) -> list[GroupId]:
     chosen = []
-    for first, second, count in zip(firsts, seconds, counts, strict=True):
-        here, there = busy[first] + count * price[first], busy[second] + count * price[second]
+    for first, second, size in zip(firsts, seconds, sizes, strict=True):
+        here, there = busy[first] + size * price[first], busy[second] + size * price[second]
         if here <= there:
             busy[first] = here
             chosen.append(first)

@@ -29,6 +29,8 @@ class Part:
     link: Transport | None = None
     pending: PendingReply | None = None
     error: ExpertMeshError | None = None
+    covered: bool = False
+    """When it was sent, all its experts had another copy that answers."""
     failed: str = ""
     """Why the call was sent again."""
 
