@@ -67,8 +67,8 @@ def damaged(kind: Kind, group: Pid, coordinator: Pid, drop: Callable[[], None]) 
         yield
     elif kind.name == "hang-group":
         pid = group()
-        os.kill(pid, signal.SIGSTOP)
         try:
+            os.kill(pid, signal.SIGSTOP)
             yield
         finally:
             _signal(pid, signal.SIGCONT)

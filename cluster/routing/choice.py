@@ -9,7 +9,7 @@ multiprocessing timing anomalies", SIAM Journal on Applied Mathematics 17(2), 19
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ Owners = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class LayerCopies:
-    """The living copies of one layer's experts under one table: ``owners[e]`` are the groups of logical expert ``e``,
-    less those in ``without``. ``owner_E`` is the first group of each expert, -1 where none is left."""
+    """The living copies of one layer's experts under one table: ``owners[e]`` are the groups of logical expert ``e``.
+    ``owner_E`` is the first group of each expert, -1 where there is none."""
 
-    def __init__(self, owners: Sequence[Sequence[GroupId]], without: Collection[GroupId] = ()) -> None:
-        self._owners = [tuple(group for group in groups if group not in without) for groups in owners]
+    def __init__(self, owners: Sequence[Sequence[GroupId]]) -> None:
+        self._owners = owners
         self.owner_E: Owners = np.array([groups[0] if groups else -1 for groups in self._owners], np.int64)
         several_E = np.array([len(groups) > 1 for groups in self._owners], bool)
         self.any_choice = bool(several_E.any())
