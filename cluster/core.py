@@ -187,6 +187,8 @@ class GroupInfo:
     spans_dropped: int = 0
     expert_sizes: tuple[int, ...] = ()
     """Bytes of one expert in the served dtype, by MoE layer."""
+    busy_s: float = 0.0
+    """Seconds that its compute thread has computed since its start."""
     startup: tuple[tuple[str, float], ...] = ()
     """Phases of its start, and their seconds."""
 

@@ -8,6 +8,7 @@ architecture are transformers' own (``act_fn``, ``_apply_gate`` of its experts m
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from cluster.core import GroupId
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.crew import Crew
-from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, fits_half
+from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, Source, fits_half
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
@@ -87,13 +88,20 @@ class ExpertBank:
         group: GroupId,
         layers: Sequence[_LayerBank],
         how: Compute,
+        moe_layers: Sequence[MoeLayer],
+        reader: ExpertReader,
         store: ExpertStore | None = None,
-        reader: ExpertReader | None = None,
+        host_tier: HostTier | None = None,
     ) -> None:
         self.group, self._layers, self.how, self.store, self._reader = group, list(layers), how, store, reader
+        self._moe_layers, self._host_tier = moe_layers, host_tier
         self.dtype, self.device = how.dtype, how.device
         self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
-        self.holdings = tuple(tuple(np.flatnonzero(layer.slot_of_E >= 0).tolist()) for layer in self._layers)
+
+    @property
+    def holdings(self) -> tuple[tuple[int, ...], ...]:
+        """By MoE layer, the sorted logical experts that calls may name now."""
+        return tuple(tuple(np.flatnonzero(layer.slot_of_E >= 0).tolist()) for layer in self._layers)
 
     @classmethod
     def load(
@@ -124,7 +132,7 @@ class ExpertBank:
             banks.append(_load_layer(reader, layer, list(experts), how))
             if progress is not None:
                 progress(len(banks), len(moe_layers))
-        return cls(group, banks, how)
+        return cls(group, banks, how, moe_layers, reader)
 
     @property
     def num_bytes(self) -> int:
@@ -133,7 +141,59 @@ class ExpertBank:
 
     def reads_direct(self) -> bool:
         """Experts that are not in memory are read past the page cache."""
-        return self._reader is not None and self._reader.is_direct
+        return self._reader.is_direct
+
+    @torch.inference_mode()
+    def hold(self, layer: int, experts: Sequence[int]) -> int:
+        """From now on the layer holds exactly these: new ones are read, and run once, before a call may name them.
+        For one thread at a time, another than the one that computes; bytes that were read. Does nothing where they are
+        held already.
+
+        Raises:
+            InvalidArgument: layer or experts do not exist.
+            ConfigError: they exceed the budget of a group that has no store to load them on demand.
+        """
+        if not 0 <= layer < len(self._layers):
+            raise InvalidArgument("layer", layer, f"must be from 0 to {len(self._layers) - 1}")
+        old, wanted = self._layers[layer], sorted(set(experts))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < len(old.slot_of_E):
+            raise InvalidArgument("experts", wanted[-1], f"must be from 0 to {len(old.slot_of_E) - 1}")
+        added = [expert for expert in wanted if old.slot_of_E[expert] < 0]
+        if not added and len(wanted) == int((old.slot_of_E >= 0).sum()):
+            return 0
+        moe_layer = self._moe_layers[layer]
+        each = sum(math.prod(p.shape[1:]) for p in moe_layer.module.parameters()) * self.how.dtype.itemsize
+        slot_of_E = np.full(len(old.slot_of_E), -1, np.int64)
+        if self.store is not None:
+            slot_of_E[wanted] = 0
+            if self._host_tier is not None:
+                self._host_tier.hold(layer, wanted)
+            self.store.hold(layer, wanted, added)
+            self._layers[layer] = _LayerBank(slot_of_E, old.experts, old.num_slots)
+            return each * len(added)
+        kept = int((old.slot_of_E >= 0).sum())
+        if self.how.memory_bytes and self.num_bytes + each * (len(wanted) - kept) > self.how.memory_bytes:
+            raise ConfigError(
+                f"expert_memory: {len(wanted)} experts in MoE layer {layer} would exceed the {self.how.memory_bytes} "
+                f"bytes of group {self.group}, which was started with all of its experts in memory"
+            )
+        slot_of_E[wanted] = np.arange(len(wanted))
+        fresh = {k: v.to(self.device) for k, v in self._reader.read(moe_layer, added).items()}
+        if self.how.expert_dtype == "bf16" and not self.how.exact and not fits_half(fresh):
+            raise ConfigError("expert_dtype: got 'bf16'; some weights exceed 65504, which its CPU kernel cannot hold")
+        place = {expert: number for number, expert in enumerate(added)}
+        sources = [
+            Source(False, place[expert]) if expert in place else Source(True, int(old.slot_of_E[expert]))
+            for expert in wanted
+        ]
+        new = _LayerBank(slot_of_E, old.experts.with_slots(fresh, sources), max(1, len(wanted)))
+        slots = [int(slot_of_E[expert]) for expert in added]
+        if slots:
+            rows_PH = torch.randn(len(slots), _hidden_size(moe_layer)).to(self.device, self.dtype)
+            for row, slot in enumerate(slots):
+                new.experts.run(rows_PH[row : row + 1], [slot], [1])
+        self._layers[layer] = new  # a call that has begun finishes with the old ones
+        return each * len(added)
 
     @torch.inference_mode()
     def compute(self, layer: int, rows: LayerRows) -> torch.Tensor:
@@ -232,6 +292,11 @@ class ExpertBank:
             self.store.close()
 
 
+def _hidden_size(layer: MoeLayer) -> int:
+    down = layer.module.down_proj.shape  # [E, H, I], or transposed
+    return int(down[2] if layer.module.is_transposed else down[1])
+
+
 def _pieces(slot_P: Any, most: int) -> list[Any]:
     """The pairs of a call, about ``most`` at a time and all of an expert together."""
     if len(slot_P) <= most:
@@ -261,9 +326,14 @@ def _stored(
         reader.fill(layers[layer], expert, target)
 
     fill: Fill = from_disk
+    tier = None
     if how.from_host or how.device.type != "cpu":
-        fill = HostTier(reader, layers, holdings, how.device, LOADING_THREADS).fill
-    store = ExpertStore(fill, shapes, holdings, how.memory_bytes, how.dtype, notes, how.predicts, device=how.device)
+        tier = HostTier(reader, layers, holdings, how.device, LOADING_THREADS)
+        fill = tier.fill
+    most = max(layer.num_experts for layer in layers)
+    store = ExpertStore(
+        fill, shapes, holdings, how.memory_bytes, how.dtype, notes, how.predicts, device=how.device, num_experts=most
+    )
     banks = []
     for layer, experts in zip(layers, holdings, strict=True):
         slot_of_E = np.full(layer.num_experts, -1, np.int64)
@@ -271,7 +341,7 @@ def _stored(
         pool = store.pool(layer.layer)
         dense = DenseExperts(layer.module, pool.tensors, how.table, packed=False)
         banks.append(_LayerBank(slot_of_E, dense, max(1, pool.slots)))
-    return ExpertBank(group, banks, how, store, reader)
+    return ExpertBank(group, banks, how, layers, reader, store, tier)
 
 
 def _stored_dtype(how: Compute) -> torch.dtype:

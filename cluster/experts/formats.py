@@ -6,9 +6,10 @@ blocked copies where the CPU's table says that these win. Quantised formats keep
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,15 +19,27 @@ from cluster.weights.kernels import PACKED, PLAIN, KernelTable, can_pack, can_sp
 
 Product = Callable[[torch.Tensor, int, int], torch.Tensor]
 """(rows, 0 for the up-projection or 1 for the down-projection, slot) -> rows, without bias."""
+Packed = tuple[torch.Tensor, torch.Tensor]
 CALL_S = 50e-6
 """What a product costs that is called from Python and not from inside a grouped one."""
 MAX_COST_ROWS, MAX_WIDE = 32, 8
+
+
+class Source(NamedTuple):
+    """Where an expert of a new set of slots comes from: a slot of the old set, or a place in fresh tensors."""
+
+    old: bool
+    index: int
 
 
 class LayerExperts(Protocol):
     """The experts of one layer in one group, by slot (the order in which they were loaded)."""
 
     num_bytes: int
+
+    def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> LayerExperts:
+        """The experts of another set of slots: each from a slot of these, or from the tensors ``fresh``."""
+        ...
 
     def order(self, counts_S: Any) -> Any:
         """Slots that have rows, in the order in which `run` wants them. ``counts_S``: rows of each slot."""
@@ -52,14 +65,21 @@ class DenseExperts:
     few rows go through grouped products of the plain weights, those with more through packed copies, if there are any.
     """
 
-    def __init__(self, module: Any, tensors: dict[str, torch.Tensor], table: KernelTable | None, packed: bool) -> None:
-        self._module = module
+    def __init__(
+        self,
+        module: Any,
+        tensors: dict[str, torch.Tensor],
+        table: KernelTable | None,
+        packed: bool,
+        known: Sequence[Packed | None] = (),
+    ) -> None:
+        self._module, self._tensors, self._table, self._wants_packed = module, tensors, table, packed
         up = "gate_up_proj" if module.has_gate else "up_proj"
         self._up, self._down = tensors[up], tensors["down_proj"]
         self._up_bias, self._down_bias = tensors.get(f"{up}_bias"), tensors.get("down_proj_bias")
         # The last number of rows for which the plain weights are best; everything where nothing is packed.
         self._few = 1 << 30
-        self._packed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._packed: list[Packed] = []
         self.num_bytes = sum(t.nbytes for t in (self._up, self._down, self._up_bias, self._down_bias) if t is not None)
         self._grouped = self._can_group()
         held = len(self._up) > 0 and not module.is_transposed
@@ -67,12 +87,22 @@ class DenseExperts:
         self._costs = np.arange(1.0, MAX_COST_ROWS + 2.0)
         if packed and table is not None and len(self._up) and can_pack(self._up[0]):
             self._few = table.plain_up_to(CALL_S)
-            self._packed = [(pack(self._plain(up)), pack(self._plain(down))) for up, down in self._pairs()]
+            ready = list(known) or [None] * len(self._up)
+            self._packed = [
+                pair if pair is not None else (pack(self._plain(up)), pack(self._plain(down)))
+                for pair, (up, down) in zip(ready, self._pairs(), strict=True)
+            ]
             self.num_bytes += self._up.nbytes + self._down.nbytes
         if table is not None:
             self._costs = np.array([self._seconds(table, rows) for rows in range(MAX_COST_ROWS + 1)])
 
-    def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> DenseExperts:
+        """See `LayerExperts`; packed copies that are there are used again."""
+        tensors = {name: _gathered(now, fresh[name], sources) for name, now in self._tensors.items()}
+        known = [self._packed[source.index] if source.old and self._packed else None for source in sources]
+        return DenseExperts(self._module, tensors, self._table, self._wants_packed, known)
+
+    def _pairs(self) -> list[Packed]:
         return list(zip(self._up, self._down, strict=True))
 
     def _plain(self, weight: torch.Tensor) -> torch.Tensor:
@@ -175,9 +205,21 @@ class QuantisedExperts:
         per_weight = 1 if kind == "int8" else 2
         self.num_bytes = per_weight * (ups.numel() + downs.numel())
         if kind == "int8":  # scale, zero point and column sum of each output
-            outputs = [self._plain(weight).shape[0] for weight in (ups[:1].squeeze(0), downs[:1].squeeze(0))]
+            outputs = [weights.shape[2 if module.is_transposed else 1] for weights in (ups, downs)]
             self.num_bytes += 12 * len(ups) * sum(outputs) if len(ups) else 0
         self.num_bytes += sum(t.nbytes for t in (self._up_bias, self._down_bias) if t is not None)
+
+    def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> QuantisedExperts:
+        """See `LayerExperts`; what is quantised stays so."""
+        other = QuantisedExperts(self._module, fresh, self._kind)
+        merged = copy.copy(other)
+        merged._weights = [(self if source.old else other)._weights[source.index] for source in sources]
+        for name in ("_up_bias", "_down_bias"):
+            if getattr(self, name) is not None:
+                setattr(merged, name, _gathered(getattr(self, name), getattr(other, name), sources))
+        each = self.num_bytes // len(self._weights) if self._weights else 0
+        merged.num_bytes = other.num_bytes + each * sum(source.old for source in sources)
+        return merged
 
     def _plain(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t().contiguous() if self._module.is_transposed else weight
@@ -206,6 +248,14 @@ class QuantisedExperts:
         else:
             result = torch.ops.quantized.linear_dynamic_fp16(x, weight)
         return result
+
+
+def _gathered(now: torch.Tensor, fresh: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
+    """The slots of ``sources``, one after the other."""
+    found = torch.empty((len(sources), *now.shape[1:]), dtype=now.dtype, device=now.device)
+    for slot, source in enumerate(sources):
+        found[slot].copy_((now if source.old else fresh)[source.index])
+    return found
 
 
 def fits_half(tensors: dict[str, torch.Tensor]) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -105,6 +109,9 @@ class ExpertGroup:
             self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers)
         started.done("servers", time.monotonic())
         self._startup = started.seconds()
+        # Started here, where memory policies of this process are set: threads inherit them.
+        self._holder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hold", initializer=_stand_back)
+        self._holder.submit(int).result()
         self._dropper: LinkDropper | None = None
         if config.faults.group == group and config.faults.drop_links_s > 0 and listen:
             self._dropper = LinkDropper(self.drop_links, config.faults.drop_links_s)
@@ -118,6 +125,16 @@ class ExpertGroup:
     def _order(self, order: Order) -> None:
         if self.bank.store is not None:
             self.bank.store.order(order)
+
+    def hold(self, layer: int, experts: Sequence[int]) -> Future[int]:
+        """From now on a MoE layer holds exactly these logical experts. New ones are read, and run once, in a thread
+        that stands back behind the computing one, before calls may name them; bytes that were read."""
+        return self._holder.submit(self._hold, layer, tuple(experts))
+
+    def _hold(self, layer: int, experts: tuple[int, ...]) -> int:
+        num_bytes = self.bank.hold(layer, experts)
+        give_back_memory()
+        return num_bytes
 
     def drop_links(self) -> None:
         """Closes all links to routers, for drills and planted faults."""
@@ -169,6 +186,7 @@ class ExpertGroup:
             rss_bytes=facts.rss_bytes,
             anonymous_bytes=facts.anonymous_bytes,
             calls=self.host.calls,
+            busy_s=self.host.busy_s,
             progress_age_s=self.host.progress_age_s(),
             numa_node=where.node,
             numa_local_ratio=where.local_ratio,
@@ -211,6 +229,7 @@ class ExpertGroup:
 
     def close(self) -> None:
         """Ends the servers, the compute thread and the telemetry."""
+        self._holder.shutdown(wait=False, cancel_futures=True)
         if self._dropper is not None:
             self._dropper.close()
         for server in (self.server, self.shm_server):
@@ -220,6 +239,13 @@ class ExpertGroup:
         self.bank.close()
         if self.telemetry is not None:
             self.telemetry.close()
+
+
+def _stand_back() -> None:
+    """The thread that loads experts while others compute gets what cores they leave."""
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, threads: int, num_bytes: int) -> Compute:

@@ -67,6 +67,7 @@ class ExpertHost:
         self._only_bell = [(self._bell, select.EPOLLIN)]
         self._watched: dict[int, Callable[[int], None]] = {}
         self.calls = 0
+        self.busy_s = 0.0
         self._progress_s = clock()
         self._threads = threads
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -153,7 +154,9 @@ class ExpertHost:
                 self._busy = True
             self._answer(queued_s, call, rows, pending)
             del rows, pending  # what they hold may be memory of a link
-            self._progress_s, self._busy = self._clock(), False
+            now_s = self._clock()
+            self.busy_s += now_s - self._progress_s
+            self._progress_s, self._busy = now_s, False
 
     def _listen(self) -> None:
         """Reads what the sockets have; waits for it, or for a call, when nothing is queued."""
@@ -235,6 +238,7 @@ class InlineHost:
         self._compute, self._clock = compute, clock
         self._notes, self._observe = notes or LoadNotes(), observe
         self.calls = 0
+        self.busy_s = 0.0
         self._since_s: float | None = None
 
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
@@ -242,6 +246,7 @@ class InlineHost:
         self._since_s = self._clock()
         if answer(self._compute, call, rows, pending, 0.0, self._clock, self._notes, self._observe):
             self.calls += 1
+        self.busy_s += self._clock() - self._since_s
         self._since_s = None
 
     def cancel(self, pending: PendingReply) -> None:

@@ -9,7 +9,7 @@ virtual-storage computer, IBM Systems Journal 5(2), 1966) with estimates in plac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,6 +126,15 @@ class Residency:
         """It cannot be loaded: not wanted until somebody asks for it again."""
         self._ordered_LE[key.layer, key.expert] = self._popularity_LE[key.layer, key.expert] = 0.0
         self._wanted = None
+
+    def hold(self, layer: int, experts: Sequence[int], added: Sequence[int]) -> None:
+        """The group holds these of the layer now, and no others; the ``added`` ones are taken to be wanted."""
+        self._held_LE[layer] = False
+        self._held_LE[layer, list(experts)] = True
+        self._popularity_LE[layer, ~self._held_LE[layer]] = 0.0
+        self._popularity_LE[layer, list(added)] = LIKELY
+        self._wanted = None
+        self._leaving.clear()
 
     # -- what follows --------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 import ray
 
 from cluster.config import Config
@@ -29,6 +32,10 @@ class ExpertsShell:
     def info(self) -> GroupInfo:
         """See `ExpertGroup`."""
         return self._group.info()
+
+    async def hold(self, layer: int, experts: Sequence[int]) -> int:
+        """See `ExpertGroup`. Returns when it is done; `info` answers meanwhile."""
+        return await asyncio.wrap_future(self._group.hold(layer, experts))
 
     def drop_links(self) -> None:
         """Closes all links to routers, for drills; they are made again."""

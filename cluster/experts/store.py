@@ -80,7 +80,7 @@ class Pool:
 
 class ExpertStore:
     """``shapes[layer]`` are the parameters' shapes of one expert (names to shapes without the first dimension).
-    ``predicts``: experts may be loaded that no call has named.
+    ``predicts``: experts may be loaded that no call has named. ``num_experts``: that a layer has at most, held or not.
 
     Raises (constructor):
         ConfigError: the budget does not hold two experts of each shape.
@@ -97,12 +97,14 @@ class ExpertStore:
         predicts: bool = True,
         clock: Clock = time.monotonic,
         device: torch.device | None = None,
+        num_experts: int = 0,
     ) -> None:
         self._fill, self._notes, self._clock, self._predicts = fill, notes, clock, predicts
         self._lock = threading.Condition()
         self._pool_of = _pools(shapes, holdings, budget_bytes, dtype, device or torch.device("cpu"))
         pools = self._pools()
-        held_LE = np.zeros((len(holdings), 1 + max((max(experts, default=0) for experts in holdings), default=0)), bool)
+        most = max(num_experts, 1 + max((max(experts, default=0) for experts in holdings), default=0))
+        held_LE = np.zeros((len(holdings), most), bool)
         for layer, experts in enumerate(holdings):
             held_LE[layer, list(experts)] = True
         kind_L = np.array([next(i for i, pool in enumerate(pools) if pool is mine) for mine in self._pool_of])
@@ -234,6 +236,13 @@ class ExpertStore:
             self.residency.ordered(order)
             if not self._loading and self.residency.is_next(order.layer):
                 self._lock.notify_all()
+
+    def hold(self, layer: int, experts: Sequence[int], added: Sequence[int]) -> None:
+        """From now on calls may name these of a layer; the ``added`` ones are loaded when there is time and room.
+        Others leave when somebody needs their room."""
+        with self._lock:
+            self.residency.hold(layer, experts, added)
+            self._lock.notify_all()
 
     # -- the store's thread --------------------------------------------------------------------------------------------
 

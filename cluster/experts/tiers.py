@@ -27,28 +27,39 @@ class HostTier:
     ) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._at: list[dict[int, int]] = [{e: i for i, e in enumerate(experts)} for experts in holdings]
-        self._tensors: list[dict[str, torch.Tensor]] = []
-        for layer, experts in zip(layers, holdings, strict=True):
-            tensors = reader.read(layer, list(experts), threads)
-            pinned = self._stream is not None
-            self._tensors.append({name: tensor.pin_memory() if pinned else tensor for name, tensor in tensors.items()})
+        self._reader, self._layers, self._threads = reader, layers, threads
+        self._experts: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in layers]
+        for number, experts in enumerate(holdings):
+            self.hold(number, experts)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of host memory."""
-        return sum(t.numel() * t.element_size() for tensors in self._tensors for t in tensors.values())
+        held = [tensors for experts in self._experts for tensors in experts.values()]
+        return sum(t.numel() * t.element_size() for tensors in held for t in tensors.values())
+
+    def hold(self, layer: int, experts: Sequence[int]) -> None:
+        """From now on these of a layer are here, and no others. New ones share memory, which goes with the last."""
+        held = self._experts[layer]
+        added = [expert for expert in experts if expert not in held]
+        tensors = self._reader.read(self._layers[layer], added, self._threads) if added else {}
+        if self._stream is not None:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        fresh = {
+            expert: {name: tensor[place] for name, tensor in tensors.items()} for place, expert in enumerate(added)
+        }
+        self._experts[layer] = {expert: fresh.get(expert) or held[expert] for expert in experts}
 
     def fill(self, layer: int, expert: int, target: Target) -> None:
         """Copies one expert into a slot, and returns when it is there."""
-        at, tensors = self._at[layer][expert], self._tensors[layer]
+        tensors = self._experts[layer][expert]
         if self._stream is None:
             for name, slot in target.tensors.items():
-                slot.copy_(tensors[name][at])
+                slot.copy_(tensors[name])
             return
         # Kernels of the expert that was in this slot may still be queued on the compute thread's stream.
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with torch.cuda.stream(self._stream):
             for name, slot in target.tensors.items():
-                slot.copy_(tensors[name][at], non_blocking=True)
+                slot.copy_(tensors[name], non_blocking=True)
         self._stream.synchronize()
