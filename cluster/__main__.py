@@ -22,6 +22,7 @@ from cluster.commands import (
     generate,
     loads,
     numa,
+    placement,
     plan,
     serve,
     status,
@@ -55,7 +56,7 @@ app.command(epilog=_examples("expertmesh stop", "expertmesh stop --server 127.0.
 app.command(epilog=_examples('expertmesh generate "To be, or" --stream', "expertmesh generate --ids 5,6,7 --json"))(
     generate.generate
 )
-app.command(epilog=_examples("expertmesh status", "expertmesh status --json"))(status.status)
+app.command(epilog=_examples("expertmesh status", "expertmesh status --rebalances --json"))(status.status)
 app.command(
     epilog=_examples(
         "expertmesh verify", "expertmesh verify --model ./mixtral --groups 1 --groups 2 --transport grpc --json"
@@ -71,6 +72,11 @@ app.command(
         "expertmesh plan --loads loads.json --groups 32 --slots 288 --hosts 4 --expert-groups 8 --json",
     )
 )(plan.plan)
+app.command(epilog=_examples("expertmesh scale --groups 4", "expertmesh scale --groups 2 --server 127.0.0.1:9000"))(
+    placement.scale
+)
+app.command(epilog=_examples("expertmesh drain 1", "expertmesh drain 1 --back"))(placement.drain)
+app.command(epilog=_examples("expertmesh balance on", "expertmesh balance now --json"))(placement.balance)
 app.command(epilog=_examples("expertmesh drill kill-group", "expertmesh drill hang-group --json"))(drill.drill)
 trace_app.command("list", epilog=_examples("expertmesh trace list", "expertmesh trace list --slowest --last 5"))(
     trace.trace_list

@@ -10,9 +10,7 @@ import contextlib
 import io
 import logging
 import os
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +19,19 @@ from ray import serve
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.serve.config import gRPCOptions
 
-from cluster import errors
 from cluster.api.ports import free_port, wait_for_port
 from cluster.api.router import Router
 from cluster.api.serve import RouterShell
 from cluster.config import COMPUTE_ENVIRONMENT, Config, split_address
-from cluster.control.serve import GROUP_APP_PREFIX, CoordinatorShell, group_app
-from cluster.core import Deadline, GroupInfo, Membership
-from cluster.errors import ConfigError, ExpertMeshError, InternalError, Unavailable
+from cluster.control.applications import APP, applications, group_app, remove_applications, run_applications
+from cluster.control.serve import CoordinatorShell, ServeFleet
+from cluster.core import Deadline, GroupId, GroupInfo, Membership
+from cluster.errors import ConfigError, Unavailable
 from cluster.experts.group import ExpertGroup
+from cluster.experts.kept import keep_plan
 from cluster.experts.serve import ExpertsShell
 from cluster.placement.binding import Binding
-from cluster.placement.planner import table_from_groups
+from cluster.placement.planner import Holdings, table_from_groups
 from cluster.plan import Plan
 from cluster.transport.base import Transport
 from cluster.transport.inproc import InprocTransport
@@ -40,9 +39,7 @@ from cluster.weights.footprint import available_bytes, check_fits
 
 log = logging.getLogger(__name__)
 
-APP = "expertmesh"
 INGRESS_TIMEOUT_S = 30.0
-REMOVE_TIMEOUT_S = 60.0
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
 GRPC_FUNCTIONS = [
@@ -175,26 +172,29 @@ class _LogStream(io.TextIOBase):
 
 @dataclass(slots=True)
 class Deployment:
-    """The applications of one served model. ``address`` is the client port."""
+    """The applications of one served model. ``addresses`` are the client ports, one a router."""
 
     plan: Plan
-    address: str
-    apps: list[str] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """The first router's client port."""
+        return self.addresses[0]
 
     def drain(self, grace_s: float) -> int:
         """NOT_SERVING; waits for running requests. How many were left."""
         try:
             router = serve.get_app_handle(APP)
-            left: int = router.drain.remote(grace_s).result(timeout_s=grace_s + 10)
+            left = router.broadcast("drain", grace_s).results(timeout_s=grace_s + 10)
         except (ray.exceptions.RayError, TimeoutError, serve.exceptions.RayServeException) as exc:
             log.warning("the router did not drain: %s", _one_line(exc))
             return -1
-        return left
+        return int(sum(left))
 
     def remove(self) -> None:
-        """Deletes the applications and waits until they are gone."""
-        remove_applications(self.apps)
-        self.apps = []
+        """Deletes the applications, whatever groups were added since, and waits until they are gone."""
+        remove_all()
 
 
 def coordinator_pid() -> int:
@@ -209,31 +209,14 @@ def drop_links(group: int) -> None:
         serve.get_app_handle(group_app(group)).drop_links.remote().result(timeout_s=10)
 
 
-def applications() -> list[str]:
-    """Names of ExpertMesh's applications on the Ray cluster that the process is connected to."""
-    return sorted(name for name in serve.status().applications if name == APP or name.startswith(GROUP_APP_PREFIX))
-
-
 def remove_all() -> list[str]:
-    """Deletes all of them, whoever put them there; returns their names."""
-    names = applications()
-    remove_applications(names)
-    return names
-
-
-def remove_applications(names: Sequence[str]) -> None:
-    """Deletes applications and waits until they are gone.
-
-    Raises:
-        Unavailable: some are still there after a minute.
-    """
-    for name in names:
-        serve.delete(name, _blocking=False)
-    deadline = Deadline.after(REMOVE_TIMEOUT_S)
-    while set(names) & set(serve.status().applications):
-        if deadline.expired():
-            raise Unavailable(f"Serve did not remove the applications within {REMOVE_TIMEOUT_S:g} s")
-        time.sleep(0.1)
+    """Deletes all applications of ExpertMesh on this cluster, whoever put them there; returns their names."""
+    removed: list[str] = []
+    while names := applications():  # the coordinator may have been starting one
+        remove_applications(names)
+        removed += names
+    keep_plan("")
+    return removed
 
 
 def deploy(plan: Plan, progress: Progress) -> Deployment:
@@ -254,22 +237,24 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
             f"address: ExpertMesh serves on this cluster already ({', '.join(taken)}); stop it first (where its "
             "`serve` is gone: `expertmesh stop --address ...`), or use another cluster"
         )
-    deployment = Deployment(plan, config.listen)
+    deployment = Deployment(plan)
+    keep_plan("")
     try:
         # All at once: the router loads its trunk while the groups load, and waits for them.
         groups = [] if plan.one_process else [group_app(i) for i in range(len(plan.holdings))]
         progress(f"loading the router and {len(groups)} expert groups" if groups else "loading the router")
-        deployment.apps = [APP, *groups]
+        build = BuildGroup(plan, gpus, hosts)
         targets = [
-            serve.RunTarget(_group(plan, i, gpus, hosts), name=name, route_prefix=None) for i, name in enumerate(groups)
+            serve.RunTarget(build(i, plan.holdings[i]), name=name, route_prefix=None) for i, name in enumerate(groups)
         ]
         route = "/" if config.front_door == "serve" else None
-        _run([*targets, serve.RunTarget(_router(plan, gpus, hosts), name=APP, route_prefix=route)])
+        run_applications([*targets, serve.RunTarget(_router(plan, gpus, hosts), name=APP, route_prefix=route)])
         if config.front_door == "serve":
             wait_for_port(config.listen, INGRESS_TIMEOUT_S)
+            deployment.addresses = [config.listen]
         else:
-            port = serve.get_app_handle(APP).port.remote().result(timeout_s=30)
-            deployment.address = f"{split_address('listen', config.listen)[0]}:{port}"
+            doors = serve.get_app_handle(APP).broadcast("door").results(timeout_s=30)
+            deployment.addresses = [address for _, address in sorted(doors)]
     except BaseException:
         deployment.remove()
         raise
@@ -281,11 +266,12 @@ def _gpus_each(plan: Plan) -> int:
     have = int(ray.cluster_resources().get("GPU", 0))
     if have == 0 or plan.config.device == "cpu":
         return 0
-    need = 1 if plan.one_process else 1 + len(plan.holdings)
+    routers = plan.config.routers
+    need = 1 if plan.one_process else routers + len(plan.holdings)
     if have < need:
         raise ConfigError(
-            f"groups: {need} GPUs are needed (one for the router and one a group), the cluster has {have}; "
-            f"use --groups {max(0, have - 1)} or --device cpu"
+            f"groups: {need} GPUs are needed (one for each router and each group), the cluster has {have}; "
+            f"use --groups {max(0, have - routers)} or --device cpu"
         )
     return 1
 
@@ -301,27 +287,37 @@ def _telemetry_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("OTEL_") and "HEADERS" not in name}
 
 
-def _deployment(kind: type, **options: Any) -> Any:
-    """``serve.deployment`` with one replica that goes quickly (Serve's typing knows only its use as a decorator)."""
+def _deployment(kind: type, replicas: int = 1, **options: Any) -> Any:
+    """``serve.deployment`` with replicas that go quickly (Serve's typing knows only its use as a decorator)."""
     make: Any = serve.deployment
-    return make(kind, num_replicas=1, graceful_shutdown_wait_loop_s=0.1, **options)
+    return make(kind, num_replicas=replicas, graceful_shutdown_wait_loop_s=0.1, **options)
 
 
-def _group(plan: Plan, group: int, gpus: int, hosts: int) -> serve.Application:
-    threads = plan.config.threads or max(1, _cores() // max(1, len(plan.holdings)))
-    deployment = _deployment(
-        ExpertsShell,
-        name="group",
-        max_ongoing_requests=64,
-        ray_actor_options=_actor_options(gpus),
-        health_check_period_s=2,
-        health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=2,
-    )
-    application: serve.Application = deployment.bind(
-        group, plan.holdings[group], plan.config, threads, len(plan.holdings), hosts
-    )
-    return application
+@dataclass(frozen=True, slots=True)
+class BuildGroup:
+    """Makes a group's application: here for those at the start, and in the coordinator for those that come later."""
+
+    plan: Plan
+    gpus: int
+    hosts: int
+
+    def __call__(self, group: GroupId, holdings: Holdings) -> serve.Application:
+        """The application, not running yet."""
+        config, groups = self.plan.config, len(self.plan.holdings)
+        threads = config.threads or max(1, _cores() // max(1, groups))
+        deployment = _deployment(
+            ExpertsShell,
+            name="group",
+            max_ongoing_requests=64,
+            ray_actor_options=_actor_options(self.gpus),
+            health_check_period_s=2,
+            health_check_timeout_s=10,
+            graceful_shutdown_timeout_s=2,
+        )
+        application: serve.Application = deployment.bind(
+            group, holdings, config, threads, max(groups, group + 1), self.hosts
+        )
+        return application
 
 
 def _router(plan: Plan, gpus: int, hosts: int) -> serve.Application:
@@ -336,8 +332,8 @@ def _router(plan: Plan, gpus: int, hosts: int) -> serve.Application:
         ).bind(
             plan.experts_per_layer,
             list(range(len(plan.holdings))),
-            plan.config.start_timeout_s,
-            plan.config.telemetry,
+            plan.config,
+            ServeFleet(BuildGroup(plan, gpus, hosts), gpus, plan.config.start_timeout_s),
         )
     router = _deployment(
         RouterShell,
@@ -347,30 +343,10 @@ def _router(plan: Plan, gpus: int, hosts: int) -> serve.Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
+        replicas=plan.config.routers,
     )
     application: serve.Application = router.bind(BuildRouter(plan), plan.config, coordinator, hosts)
     return application
-
-
-def _run(targets: Sequence[serve.RunTarget]) -> None:
-    """Runs applications and waits; a failed constructor becomes the error that it raised."""
-    try:
-        serve.run_many(targets)
-    except (RuntimeError, ray.exceptions.RayError, TimeoutError) as exc:
-        raise _origin(str(exc)) from exc
-
-
-def _origin(text: str) -> ExpertMeshError:
-    """The typed error inside a traceback that Serve reports as text."""
-    kinds: Mapping[str, Any] = vars(errors)
-    for name, message in reversed(re.findall(r"cluster\.errors\.(\w+): (.*)", text)):
-        kind = kinds.get(name)
-        if isinstance(kind, type) and issubclass(kind, ExpertMeshError):
-            error: ExpertMeshError = ExpertMeshError.__new__(kind)
-            Exception.__init__(error, message.strip())
-            return error
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return InternalError(f"a process failed to start: {lines[-1] if lines else 'no reason was given'}")
 
 
 def _one_line(exc: BaseException) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.settings import DataPlaneConfig, EngineConfig, FaultsConfig, PlacementConfig, TelemetryConfig
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "embedded"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -35,117 +36,6 @@ TRANSPORTS = ("auto", "shm", "grpc", "nccl", "gloo", "inproc")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of the step loop."""
-
-    max_running: int = 64
-    """Sequences that share a step at most."""
-    max_waiting: int = 256
-    """Requests that wait for a place at most; one more is refused with RESOURCE_EXHAUSTED."""
-    step_token_budget: int = 512
-    """Tokens of one step at most; decode tokens first, the rest goes to prefill chunks."""
-    prefill_chunk: int = 128
-    """Prefill tokens of a step at most while any sequence decodes: bounds the gap between two tokens of a stream."""
-    kv_cache_bytes: int = 2 * 1024**3
-    """Bytes of key-value cache at most; admission waits for room, and when it runs out the last to come starts over."""
-    block_size: int = 16
-    """Tokens of one block of the key-value cache."""
-    admission_headroom: int = 16
-    """Nobody is admitted into blocks that running sequences will need before each has grown by so many tokens: more
-    costs places in the batch, less costs preemptions."""
-    prefix_caching: bool = True
-    """Keeps the blocks of requests that have ended, as long as there is room, for requests that begin alike."""
-    default_max_new_tokens: int = 128
-    """What a request without max_new_tokens gets."""
-    max_deadline_s: float = 600.0
-    """No request lives longer, whatever its deadline says."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataPlaneConfig:
-    """Links from routers to groups."""
-
-    transport: str = "auto"
-    """auto (the best that both ends of a link can do), shm, grpc, nccl, gloo, or a list with one for each group, such
-    as shm,grpc; or inproc (groups in the router's own process)."""
-    bind: str = "127.0.0.1"
-    """Interface that a group's data-plane server listens on."""
-    call_timeout_s: float = 60.0
-    """A layer call without an answer for that long counts as lost."""
-    missing_experts: str = "wait"
-    """For experts without a living copy: wait (group_wait_s at most), fail (UNAVAILABLE at once), or degrade (they are
-    left out; such answers say that they are not exact, and which experts were missing)."""
-    group_wait_s: float = 30.0
-    """How long a step waits for a group that is gone to come back before its requests fail."""
-    payload_timeout_s: float = 10.0
-    """A transfer over nccl or gloo that takes longer breaks its link; gRPC carries on."""
-    secret: str = ""
-    """Shared by all processes of one cluster; made afresh by `serve` when empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class TelemetryConfig:
-    """Traces, metrics and logs. The standard OTEL_* variables hold where a key here does not say otherwise."""
-
-    traces: str = "auto"
-    """otlp (to a collector), file (the embedded store), off, or otlp,file; auto: otlp where an endpoint is set here or
-    in OTEL_EXPORTER_OTLP_ENDPOINT, else file."""
-    endpoint: str = ""
-    """OTLP endpoint, such as http://127.0.0.1:4317; empty: OTEL_EXPORTER_OTLP_ENDPOINT."""
-    protocol: str = ""
-    """grpc or http/protobuf; empty: OTEL_EXPORTER_OTLP_PROTOCOL, else grpc."""
-    sample_ratio: float = 1.0
-    """Share of ordinary requests whose traces are kept. Failed, slow, cold and failed-over ones are always kept."""
-    queue_spans: int = 16384
-    """Spans that wait for the exporter at most; more are dropped and counted."""
-    store: str = ""
-    """Directory of the embedded store; empty: expertmesh/traces in the user's state directory."""
-    store_bytes: int = 64 * 1024**2
-    """Bytes that the embedded store keeps at most; the oldest traces go first."""
-    steps_per_s: float = 1.0
-    """Steps that get a trace of their own, a second at most; 0: none but those asked for in detail."""
-    detail_steps: int = 8
-    """Steps of a request that asked for details (x-moe-trace-detail: layer) whose layers are traced one by one."""
-    metrics_listen: str = "auto"
-    """HOST:PORT of the Prometheus endpoint, auto (127.0.0.1:9464, or any free port where that is taken) or off."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
-    log_format: str = "json"
-    """json (one object a line) or text."""
-    log_prompts: bool = False
-    """Puts prompts and answers into traces. Off: no text of any request leaves the process by telemetry."""
-
-
-@dataclass(frozen=True, slots=True)
-class FaultsConfig:
-    """Faults to plant, for trying out what traces say of them. Never set by default."""
-
-    group: int = -1
-    """The group that gets them; -1: none."""
-    compute_ms: float = 0.0
-    """Added to each of its layer calls."""
-    cold_expert: str = ""
-    """LAYER/EXPERT that counts as not loaded."""
-    cold_ms: float = 0.0
-    """What loading it takes."""
-    cold_every_s: float = 1.0
-    """How long it stays loaded."""
-    drop_links_s: float = 0.0
-    """Its links are dropped so often; 0: never."""
-
-    def cold_pair(self) -> tuple[int, int]:
-        """Layer and expert of ``cold_expert``.
-
-        Raises:
-            ConfigError: it is not LAYER/EXPERT.
-        """
-        layer, _, expert = self.cold_expert.partition("/")
-        if not (layer.isdecimal() and expert.isdecimal()):
-            raise ConfigError(f"faults.cold_expert: got {self.cold_expert!r}; must be LAYER/EXPERT, such as 3/17")
-        return int(layer), int(expert)
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """Everything that can be set."""
 
@@ -153,6 +43,8 @@ class Config:
     """Checkpoint directory in the Hugging Face layout."""
     groups: int = 2
     """Expert groups; 0 keeps all experts in the router's process."""
+    routers: int = 1
+    """Routers, each with the trunk and a client port of its own: listen, and on the same host the ports after it."""
     copies: int = 1
     """Groups that hold each expert: with 2, any one group may be gone and nothing is missing."""
     dtype: str = "auto"
@@ -194,6 +86,7 @@ class Config:
     """Lets clients ask for full logits."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
@@ -209,6 +102,9 @@ class Config:
         self.memory_bytes()
         _at_least("groups", self.groups, 0)
         _at_least("copies", self.copies, 1)
+        _at_least("routers", self.routers, 1)
+        if self.routers > 1 and (self.groups == 0 or "inproc" in self.transports()):
+            raise ConfigError(f"routers: got {self.routers}; groups in the router's own process have one router")
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)
@@ -221,6 +117,9 @@ class Config:
         _at_least("data_plane.call_timeout_s", self.data_plane.call_timeout_s, 0.001)
         _at_least("data_plane.group_wait_s", self.data_plane.group_wait_s, 0)
         _at_least("data_plane.payload_timeout_s", self.data_plane.payload_timeout_s, 0.001)
+        _at_least("placement.window_s", self.placement.window_s, 0.1)
+        _at_least("placement.min_gain", self.placement.min_gain, 0)
+        self.placement.group_range()
         split_address("listen", self.listen)
         self._check_telemetry()
         if self.faults.cold_expert:

@@ -93,6 +93,8 @@ class Request:
     span_id: str = ""
     trace_detail: bool = False
     want_logits: bool = False
+    received_ids: tuple[int, ...] = ()
+    """The beginning of its answer, made elsewhere."""
 
 
 class FinishReason(enum.Enum):

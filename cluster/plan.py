@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from cluster.config import Config
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, InvalidArgument
+from cluster.placement.layout import holdings_from_slots
 from cluster.placement.planner import Holdings, plan_copies
+from cluster.placement.windows import read_plan
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import resolve_dtype
 from cluster.weights.footprint import Footprint, available_bytes, footprints
@@ -54,8 +56,29 @@ def make_plan(config: Config) -> Plan:
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))
     experts_per_layer = tuple(layer.num_experts for layer in weights.skeleton.moe_layers)
-    holdings = tuple(plan_copies(experts_per_layer, max(1, config.groups), config.copies))
+    holdings = _holdings(config, experts_per_layer)
     return _with_sizes(Plan(config, experts_per_layer, holdings, ()), weights, dtype)
+
+
+def _holdings(config: Config, experts_per_layer: tuple[int, ...]) -> tuple[Holdings, ...]:
+    """Which group holds what at the start."""
+    groups = max(1, config.groups)
+    if not config.placement.plan:
+        return tuple(plan_copies(experts_per_layer, groups, config.copies))
+    if len(set(experts_per_layer)) > 1:
+        raise ConfigError("placement.plan: layers of this model have different numbers of experts")
+    try:
+        slots_LS = read_plan(Path(config.placement.plan), len(experts_per_layer), experts_per_layer[0])
+    except InvalidArgument as exc:
+        raise ConfigError(f"placement.plan: {exc}") from exc
+    if slots_LS.shape[1] % groups:
+        raise ConfigError(f"placement.plan: its {slots_LS.shape[1]} slots cannot be divided among {groups} groups")
+    held = holdings_from_slots(slots_LS, groups)
+    for layer, experts in enumerate(experts_per_layer):
+        lacking = set(range(experts)) - {expert for holdings in held for expert in holdings[layer]}
+        if lacking:
+            raise ConfigError(f"placement.plan: no group holds expert {min(lacking)} of MoE layer {layer}")
+    return tuple(held)
 
 
 def _with_sizes(plan: Plan, weights: WeightMap, dtype: torch.dtype) -> Plan:
@@ -69,7 +92,8 @@ def _with_sizes(plan: Plan, weights: WeightMap, dtype: torch.dtype) -> Plan:
         cache = config.engine.kv_cache_bytes
         trunk_copies = 2 if on_cpu else 1
         budget = config.memory_bytes()
-        return footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, trunk_copies, budget)
+        found = footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, trunk_copies, budget)
+        return found[:1] * (config.routers - 1) + found
 
     packed = config.packed_experts
     if packed == "auto":

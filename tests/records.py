@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.config import TelemetryConfig
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.account import RequestAccount, StepEvent
 from cluster.telemetry.hub import Telemetry
 from cluster.telemetry.ledger import Ledger, Stage

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from cluster.config import EngineConfig
 from cluster.core import Deadline, Request, SamplingParams, StopParams
 from cluster.engine.blocks import BlockPool
 from cluster.engine.scheduler import ColdCosts, Scheduled, Scheduler, Share
+from cluster.settings import EngineConfig
 
 NEVER = float("inf")
 

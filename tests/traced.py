@@ -13,10 +13,11 @@ from typing import Any
 from cluster.api.client import Client
 from cluster.api.client_tracing import ClientTracer
 from cluster.api.router import Router
-from cluster.config import EMBEDDED_MODEL, TelemetryConfig
+from cluster.config import EMBEDDED_MODEL
 from cluster.errors import Unavailable
 from cluster.experts.group import ExpertGroup
 from cluster.rpc.v1 import inference_pb2 as pb
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.blame import Blamed, blame
 from cluster.telemetry.records import RequestRecord
 from cluster.telemetry.store import read_store

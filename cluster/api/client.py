@@ -1,7 +1,9 @@
-"""A client of the gRPC API: typed errors instead of statuses, and with a tracer a trace for every request."""
+"""A client of the gRPC API: typed errors instead of statuses, and with a tracer a trace for every request. Of several
+routers it asks one that answers; a stream whose router dies goes on at another one, with the same tokens."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import grpc
 
 from cluster.api.client_tracing import ClientTracer
+from cluster.api.resume import Resumable
 from cluster.errors import ERROR_BY_CODE, ConfigError, ExpertMeshError, InternalError
 from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -21,21 +24,45 @@ class Refused(ExpertMeshError):
     code = "INVALID_ARGUMENT"
 
 
+class _Door:
+    """A channel to one router."""
+
+    def __init__(self, address: str) -> None:
+        options = (
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        )
+        self.channel = grpc.insecure_channel(address, options=options)
+        self.inference = inference_pb2_grpc.InferenceStub(self.channel)
+        self.control = control_pb2_grpc.ControlStub(self.channel)
+
+
 class Client:
-    """One channel to one router. Use as a context manager. With a ``tracer`` traces begin here.
+    """Channels to one router or to several, with commas between their addresses. Use as a context manager. With a
+    ``tracer`` traces begin here.
+
+    A stream whose router dies is asked for again, with the tokens that came, at the next router or, where there is only
+    one, until that one is back; ``resume_s`` is how long that may take, 0 switches it off.
 
     Methods raise `ExpertMeshError`: Unavailable when nobody listens, Refused for bad input, and so on.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, timeout_s: float = 600.0, tracer: ClientTracer | None = None
+        self,
+        address: str = DEFAULT_ADDRESS,
+        timeout_s: float = 600.0,
+        tracer: ClientTracer | None = None,
+        resume_s: float = 30.0,
     ) -> None:
-        self.address, self._timeout_s = address, timeout_s
+        self.address, self._timeout_s, self._resume_s = address, timeout_s, resume_s
         self._tracer = None if tracer is None or tracer.off else tracer
-        options = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
-        self._channel = grpc.insecure_channel(address, options=options)
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control = control_pb2_grpc.ControlStub(self._channel)
+        self._doors = [_Door(one.strip()) for one in address.split(",") if one.strip()]
+        if not self._doors:
+            raise ConfigError(f"--server: got {address!r}; must be HOST:PORT, or several with commas")
+        self._at = 0
+        self.resumed = 0
+        """Streams that went on at another router, or at a new one in its place."""
 
     def __enter__(self) -> Client:
         return self
@@ -43,7 +70,8 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._channel.close()
+        for door in self._doors:
+            door.channel.close()
 
     def generate(
         self, request: inference_pb2.GenerateRequest, trace_layers: bool = False
@@ -54,53 +82,97 @@ class Client:
         metadata = trace.metadata() if trace is not None else ()
         if trace_layers:
             metadata = (*metadata, ("x-moe-trace-detail", "layer"))
-        call = self._inference.Generate(request, timeout=self._timeout_s, metadata=metadata)
         error = ""
         try:
-            if trace is None:
-                yield from call
-                return
-            for chunk in call:
-                trace.got(len(chunk.tokens))
+            for chunk in self._whole(request, metadata):
+                if trace is not None:
+                    trace.got(len(chunk.tokens))
                 yield chunk
-                trace.asked()
+                if trace is not None:
+                    trace.asked()
         except grpc.RpcError as exc:
             error = exc.code().name
             raise self._typed(exc) from exc
         finally:
-            call.cancel()
             if trace is not None:
                 trace.end(error)
 
+    def _whole(
+        self, request: inference_pb2.GenerateRequest, metadata: tuple[tuple[str, str], ...]
+    ) -> Iterator[inference_pb2.GenerateChunk]:
+        """The chunks of one stream, whoever sends them."""
+        until_s = time.monotonic() + self._timeout_s
+        stream, tried = Resumable(request, self._resume_s), 0
+        at = self._at
+        while True:
+            left_s = max(0.001, until_s - time.monotonic())
+            call = self._doors[at].inference.Generate(stream.next_request(), timeout=left_s, metadata=metadata)
+            try:
+                for chunk in call:
+                    if chunk.tokens and stream.breaks and tried:
+                        self.resumed += bool(stream.received)
+                    tried = 0
+                    stream.got(chunk)
+                    yield chunk
+                return
+            except grpc.RpcError as exc:
+                tried += 1
+                if exc.code() != grpc.StatusCode.UNAVAILABLE or not self._resume_s:
+                    raise
+                pause_s = stream.broke(tried_all=tried >= len(self._doors))
+                if pause_s is None:
+                    raise
+                at = (at + 1) % len(self._doors)
+                if self._at != at:
+                    self._at = at  # for the next stream, too
+                time.sleep(min(pause_s, max(0.0, until_s - time.monotonic())))
+            finally:
+                call.cancel()
+
     def model_info(self) -> inference_pb2.ModelInfoReply:
         """What is served."""
-        reply: inference_pb2.ModelInfoReply = self._unary(self._inference.ModelInfo, inference_pb2.ModelInfoRequest())
+        reply: inference_pb2.ModelInfoReply = self._unary("inference", "ModelInfo", inference_pb2.ModelInfoRequest())
         return reply
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return list(self._unary(self._inference.Tokenize, inference_pb2.TokenizeRequest(text=text)).ids)
+        return list(self._unary("inference", "Tokenize", inference_pb2.TokenizeRequest(text=text)).ids)
 
     def status(self) -> control_pb2.StatusReply:
         """How the system is."""
-        reply: control_pb2.StatusReply = self._unary(self._control.Status, control_pb2.StatusRequest())
+        reply: control_pb2.StatusReply = self._unary("control", "Status", control_pb2.StatusRequest())
         return reply
 
     def loads(self) -> control_pb2.LoadsReply:
         """How often each expert was wanted since the server's start."""
-        reply: control_pb2.LoadsReply = self._unary(self._control.Loads, control_pb2.LoadsRequest())
+        reply: control_pb2.LoadsReply = self._unary("control", "Loads", control_pb2.LoadsRequest())
+        return reply
+
+    def change_placement(self, **change: Any) -> int:
+        """Asks for one change (a field of ``ChangePlacementRequest``); the number of its receipt, 0 without one."""
+        request = control_pb2.ChangePlacementRequest(**change)
+        return int(self._unary("control", "ChangePlacement", request).receipt)
+
+    def placement(self) -> control_pb2.PlacementReply:
+        """Changes of the placement, routers, and how placement is looked after."""
+        reply: control_pb2.PlacementReply = self._unary("control", "Placement", control_pb2.PlacementRequest())
         return reply
 
     def set_tracing(self, on: bool) -> bool:
         """Switches the server's traces on or off; how they were before."""
-        reply: control_pb2.SetTracingReply = self._unary(self._control.SetTracing, control_pb2.SetTracingRequest(on=on))
+        reply: control_pb2.SetTracingReply = self._unary("control", "SetTracing", control_pb2.SetTracingRequest(on=on))
         return reply.was_on
 
-    def _unary(self, method: Any, request: Any) -> Any:
-        try:
-            return method(request, timeout=min(self._timeout_s, 30.0))
-        except grpc.RpcError as exc:
-            raise self._typed(exc) from exc
+    def _unary(self, service: str, method: str, request: Any) -> Any:
+        for tried in range(1, len(self._doors) + 1):
+            stub = getattr(self._doors[self._at], service)
+            try:
+                return getattr(stub, method)(request, timeout=min(self._timeout_s, 30.0))
+            except grpc.RpcError as exc:
+                if exc.code() != grpc.StatusCode.UNAVAILABLE or tried == len(self._doors):
+                    raise self._typed(exc) from exc
+                self._at = (self._at + 1) % len(self._doors)
+        raise AssertionError("unreachable")
 
     def _typed(self, error: grpc.RpcError) -> ExpertMeshError:
         code, details = error.code(), error.details() or ""

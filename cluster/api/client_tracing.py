@@ -8,7 +8,8 @@ from typing import Any
 
 from opentelemetry.trace import SpanKind
 
-from cluster.config import TelemetryConfig, load_config
+from cluster.config import load_config
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.exporters import destinations, place_of, resource_of, span_exporter
 from cluster.telemetry.pump import SpanPump
 from cluster.telemetry.records import SpanRef

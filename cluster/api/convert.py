@@ -75,6 +75,14 @@ def to_request(
     if message.return_logits and not limits.verify:
         raise InvalidArgument("return_logits", True, "the server gives logits only when it was started with --verify")
     stop_ids = _stop_ids(message, limits)
+    received_ids = tuple(message.received_ids)
+    check_ids("received_ids", received_ids, limits.vocab_size)
+    if len(received_ids) >= min(max_new, room):
+        raise InvalidArgument(
+            "received_ids",
+            f"{len(received_ids)} ids",
+            f"must be fewer than the {min(max_new, room)} of the whole answer",
+        )
     return Request(
         request_id=uuid.uuid4().hex,
         prompt_ids=tuple(prompt_ids),
@@ -85,6 +93,7 @@ def to_request(
         span_id=trace.span_id,
         trace_detail=trace.detail,
         want_logits=message.return_logits,
+        received_ids=received_ids,
     )
 
 
@@ -212,7 +221,7 @@ def to_chunk(
     if last.finish is not None:
         chunk.finish_reason = _FINISH[last.finish]
         chunk.usage.prompt_tokens = len(request.prompt_ids)
-        chunk.usage.completion_tokens = num_generated
+        chunk.usage.completion_tokens = len(request.received_ids) + num_generated
         missing = sorted(last.account.missing) if last.account is not None else []
         chunk.exact = exact and not missing
         chunk.missing_experts.extend(f"{layer}/{expert}" for layer, expert in missing)

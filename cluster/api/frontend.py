@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
 from cluster.api.convert import ModelLimits, check_ids, to_chunk, to_reply, to_request
 from cluster.api.status import as_known
@@ -41,6 +42,19 @@ class Served:
     telemetry: Telemetry | None = None
     keep_text: bool = False
     loads: Callable[[], control_pb2.LoadsReply] = control_pb2.LoadsReply
+    control: PlacementControl | None = None
+
+
+class PlacementControl(Protocol):
+    """The coordinator, as a router reaches it. Methods may block, and raise `ExpertMeshError`."""
+
+    def change(self, request: control_pb2.ChangePlacementRequest) -> control_pb2.ChangePlacementReply:
+        """See the proto file."""
+        ...
+
+    def placement(self) -> control_pb2.PlacementReply:
+        """See the proto file."""
+        ...
 
 
 class EventInbox:
@@ -251,6 +265,24 @@ class Frontend:
     def loads(self) -> control_pb2.LoadsReply:
         """How often each expert was wanted."""
         return self._serving().loads()
+
+    async def change_placement(self, message: control_pb2.ChangePlacementRequest) -> control_pb2.ChangePlacementReply:
+        """Asks the coordinator.
+
+        Raises:
+            ExpertMeshError: there is none, it does not answer, or the change is not possible.
+        """
+        return await asyncio.to_thread(self._control().change, message)
+
+    async def placement(self) -> control_pb2.PlacementReply:
+        """Asks the coordinator. Raises as `change_placement`."""
+        return await asyncio.to_thread(self._control().placement)
+
+    def _control(self) -> PlacementControl:
+        control = self._serving().control
+        if control is None:
+            raise ConfigError("groups: they live in the router's process, and cannot be changed while it serves")
+        return control
 
     async def flush_traces(self) -> None:
         """Waits a little until what was told is exported."""

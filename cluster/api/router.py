@@ -34,6 +34,7 @@ from cluster.routing.dispatcher import Dispatcher
 from cluster.routing.fabric import Fabric
 from cluster.routing.loads import ExpertLoads
 from cluster.routing.prediction import chances
+from cluster.routing.report import RouterReport
 from cluster.routing.step import StepContext
 from cluster.rpc.v1 import control_pb2, inference_pb2, links_pb2
 from cluster.telemetry.hub import telemetry_of
@@ -278,6 +279,23 @@ class Router:
                 )
             )
         return reply
+
+    def report(self, name: str, with_loads: bool) -> RouterReport:
+        """What the coordinator is told each time that it is asked for the table."""
+        table, facts = self.fabric.membership.table, process_facts()
+        layers = len(table.owners)
+        most = max((len(experts) for experts in table.owners), default=0)
+        activations_LE, prefill_LE = self.loads.arrays(layers, most) if with_loads else (None, None)
+        return RouterReport(
+            router=name,
+            table=table.order,
+            host=facts.host,
+            pid=facts.pid,
+            live=self.engine.num_live(),
+            activations_LE=activations_LE,
+            prefill_LE=prefill_LE,
+            gaps=self.engine.gaps.counts(),
+        )
 
     def _expert_loads(self) -> control_pb2.LoadsReply:
         infos = self.fabric.membership.groups.values()

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.api.frontend import Frontend
+from cluster.api.frontend import DRAINING, Frontend
+from cluster.api.placement import change_of, placement_reply
 from cluster.api.router import Router
 from cluster.api.server import ClientServer, Health
 from cluster.api.servicer import parsed
 from cluster.api.status import as_known, grpc_status
-from cluster.config import Config
+from cluster.config import Config, split_address
 from cluster.core import Membership
-from cluster.errors import InternalError, Unavailable
+from cluster.errors import ExpertMeshError, InternalError, Unavailable
 from cluster.experts.group import own_gpu
 from cluster.placement.binding import Binding
+from cluster.routing.report import RouterReport
 from cluster.rpc.v1 import control_pb2, inference_pb2
 from cluster.telemetry import logs
 
 FETCH_TIMEOUT_S = 5.0
+LOADS_PERIOD_S = 2.0
 
 BuildRouter = Callable[[Config, Callable[[], Membership], Binding], Router]
 
@@ -40,21 +46,24 @@ class RouterShell:
         self, build: BuildRouter, config: Config, coordinator: DeploymentHandle[Any] | None, hosts: int = 1
     ) -> None:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
-        self._coordinator = coordinator
+        self._coordinator, self._listen = coordinator, config.listen
+        self._name, self._router = uuid.uuid4().hex[:12], None
+        self._loads_due_s = 0.0
         self._frontend, self._health = Frontend(), Health()
         self._server: ClientServer | None = None
         self._port = 0
         await self._health.set(serving=False)
         if config.front_door == "router":
             self._server = ClientServer(self._frontend, self._health)
-            self._port = await self._server.start(config.listen)
+            self._port = await self._server.start(config.listen, config.routers)
         try:
-            self._router = await asyncio.to_thread(self._build, build, config, hosts)
+            self._router = router = await asyncio.to_thread(self._build, build, config, hosts)
         except BaseException:
             if self._server is not None:
                 await self._server.stop(0)
             raise
-        self._frontend.ready(self._router.served)
+        control = _Coordinator(coordinator) if coordinator is not None else None
+        self._frontend.ready(dataclasses.replace(router.served, control=control))
         await self._health.set(serving=True)
 
     def _build(self, build: BuildRouter, config: Config, hosts: int) -> Router:
@@ -65,16 +74,29 @@ class RouterShell:
         return build(config, self._membership, binding)
 
     def _membership(self) -> Membership:
-        assert self._coordinator is not None
-        try:
-            membership: Membership = self._coordinator.membership.remote().result(timeout_s=FETCH_TIMEOUT_S)
-        except (RayError, RayServeException, TimeoutError) as exc:
-            raise Unavailable(f"the coordinator does not answer: {type(exc).__name__}") from exc
+        coordinator, report = self._coordinator, self._report()
+        assert coordinator is not None
+        membership: Membership = _answer(lambda: coordinator.membership.remote(report))
         return membership
 
-    async def port(self) -> int:
-        """Port of the router's own server; 0 behind Serve's ingress."""
-        return self._port
+    def _report(self) -> RouterReport | None:
+        """How this router is; None before it is ready."""
+        router, now_s = self._router, time.monotonic()
+        if router is None:
+            return None
+        with_loads = now_s >= self._loads_due_s
+        if with_loads:
+            self._loads_due_s = now_s + LOADS_PERIOD_S
+        report = router.report(self._name, with_loads)
+        address = self._address() if self._port else self._listen
+        return dataclasses.replace(report, address=address, draining=self._frontend.state == DRAINING)
+
+    def _address(self) -> str:
+        return f"{split_address('listen', self._listen)[0]}:{self._port}"
+
+    async def door(self) -> tuple[int, str]:
+        """Port and address of the router's own server; port 0 behind Serve's ingress."""
+        return self._port, self._address()
 
     async def drain(self, grace_s: float) -> int:
         """NOT_SERVING from now on; waits for running requests, at most ``grace_s`` seconds. How many are left."""
@@ -91,6 +113,7 @@ class RouterShell:
 
     async def check_health(self) -> None:
         """Serve restarts a router whose engine thread is stuck."""
+        assert self._router is not None
         age_s = self._router.engine.progress_age_s()
         if age_s > 300:
             raise InternalError(f"the engine made no progress for {age_s:.0f} s")
@@ -136,6 +159,20 @@ class RouterShell:
     async def Loads(self, request: Any, grpc_context: Any) -> Any:
         return _call(grpc_context, control_pb2.LoadsReply, self._frontend.loads)
 
+    async def ChangePlacement(self, request: Any, grpc_context: Any) -> Any:
+        try:
+            return await self._frontend.change_placement(request)
+        except Exception as exc:  # noqa: BLE001 (as above)
+            _set_status(grpc_context, exc)
+            return control_pb2.ChangePlacementReply()
+
+    async def Placement(self, request: Any, grpc_context: Any) -> Any:
+        try:
+            return await self._frontend.placement()
+        except Exception as exc:  # noqa: BLE001 (as above)
+            _set_status(grpc_context, exc)
+            return control_pb2.PlacementReply()
+
     async def Check(self, request: Any, grpc_context: Any) -> Any:
         status = self._health.status(request.service)
         if status is None:
@@ -154,6 +191,37 @@ class RouterShell:
                 last = status
                 yield health_pb2.HealthCheckResponse(status=status)
             await asyncio.sleep(0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coordinator:
+    """See `cluster.api.frontend.PlacementControl`."""
+
+    handle: DeploymentHandle[Any]
+
+    def change(self, request: control_pb2.ChangePlacementRequest) -> control_pb2.ChangePlacementReply:
+        kind, value = change_of(request)
+        return control_pb2.ChangePlacementReply(receipt=_answer(lambda: self.handle.change.remote(kind, value)))
+
+    def placement(self) -> control_pb2.PlacementReply:
+        return placement_reply(_answer(lambda: self.handle.placement.remote()))
+
+
+def _answer(ask: Callable[[], Any]) -> Any:
+    """The coordinator's answer.
+
+    Raises:
+        Unavailable: there is none.
+        ExpertMeshError: what it says.
+    """
+    try:
+        return ask().result(timeout_s=FETCH_TIMEOUT_S)
+    except RayTaskError as exc:
+        if isinstance(exc.cause, ExpertMeshError):
+            raise exc.cause from None
+        raise Unavailable(f"the coordinator failed: {type(exc.cause).__name__}") from exc
+    except (RayError, RayServeException, TimeoutError) as exc:
+        raise Unavailable(f"the coordinator does not answer: {type(exc).__name__}") from exc
 
 
 def _call(grpc_context: Any, empty: Callable[[], Any], call: Callable[[], Any]) -> Any:

@@ -54,19 +54,25 @@ class ClientServer:
             (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
 
-    async def start(self, listen: str) -> int:
-        """Binds ``host:port`` and answers from now on; returns the port.
+    async def start(self, listen: str, routers: int = 1) -> int:
+        """Binds ``host:port`` and answers from now on; returns the port. Of several routers on a host each takes the
+        first port from there on that is free, within as many as there are routers.
 
         Raises:
-            ConfigError: the port is in use, or the interface is not this machine's.
+            ConfigError: the ports are in use, or the interface is not this machine's.
         """
         host, port = split_address("listen", listen)
-        try:
-            bound: int = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as exc:
-            raise ConfigError(
-                f"listen: got {listen!r}; the port is in use or the interface is not this machine's"
-            ) from exc
+        for offset in range(routers if port else 1):
+            try:
+                bound: int = self._server.add_insecure_port(f"{host}:{port + offset}")
+            except RuntimeError as exc:
+                if offset + 1 < routers and port:
+                    continue
+                ports = "the port is" if routers == 1 else f"the {routers} ports from there on are"
+                raise ConfigError(
+                    f"listen: got {listen!r}; {ports} in use or the interface is not this machine's"
+                ) from exc
+            break
         await self._server.start()
         return bound
 

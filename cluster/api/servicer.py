@@ -68,6 +68,12 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def Loads(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         return await _answer(context, lambda: _now(self._frontend.loads))
 
+    async def ChangePlacement(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, lambda: self._frontend.change_placement(request))
+
+    async def Placement(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, self._frontend.placement)
+
 
 class Unparsed:
     """A request that is no message of its type, with the error that says why. Stands in for the message."""

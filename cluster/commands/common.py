@@ -23,7 +23,7 @@ stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-Server = Annotated[str, typer.Option("--server", help="HOST:PORT of a router's client port.")]
+Server = Annotated[str, typer.Option("--server", help="HOST:PORT of a router's client port, or several with commas.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; keys as in the README.")]
 
 

@@ -19,6 +19,18 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Checkpoint directory; the embedded model by default.")] = None,
     groups: Annotated[int | None, typer.Option(help="Expert groups; 0 keeps all experts in the router.")] = None,
     copies: Annotated[int | None, typer.Option(help="Groups that hold each expert; 2: any one may die.")] = None,
+    routers: Annotated[
+        int | None, typer.Option(help="Routers, each with the trunk and a port of its own, from --listen on.")
+    ] = None,
+    placement: Annotated[
+        Path | None, typer.Option("--plan", help="Placement to start with, as `plan --json` wrote it.")
+    ] = None,
+    balance: Annotated[
+        bool | None, typer.Option("--balance/--no-balance", help="Move experts between groups as load changes.")
+    ] = None,
+    autoscale: Annotated[
+        str | None, typer.Option(help="MIN:MAX groups: add and remove groups by how busy they are.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; a local one is started by default.")] = None,
     config: ConfigFile = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT for clients.")] = None,
@@ -42,6 +54,7 @@ def serve(
         "model": model,
         "groups": groups,
         "copies": copies,
+        "routers": routers,
         "address": address,
         "listen": listen,
         "front_door": front_door,
@@ -52,6 +65,11 @@ def serve(
         "numa": numa,
         "verify": verify,
         "data_plane": {"transport": transport},
+        "placement": {
+            "plan": None if placement is None else str(placement.resolve()),
+            "balance": balance,
+            "autoscale": autoscale,
+        },
     }
     settings = load_config(config, flags)
     from cluster import app as composition
@@ -69,7 +87,7 @@ def serve(
             file = None
             try:
                 file = instances.announce(deployment.address)
-                progress(f"serving {Path(settings.model).name} on {deployment.address}; Ctrl-C stops")
+                progress(f"serving {Path(settings.model).name} on {','.join(deployment.addresses)}; Ctrl-C stops")
                 stop.wait()
                 progress(f"draining: running requests have {settings.drain_s:g} s")
                 left = deployment.drain(settings.drain_s)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from cluster.commands.common import DEFAULT_SERVER, Json, Server, emit, stdout
@@ -12,17 +13,24 @@ if TYPE_CHECKING:
     from cluster.rpc.v1 import control_pb2
 
 
-def status(server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+def status(
+    server: Server = DEFAULT_SERVER,
+    rebalances: Annotated[
+        bool, typer.Option("--rebalances", help="Changes of the placement so far, and what came of each.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show groups, experts, memory, placement table and engine of a running server."""
-    from google.protobuf.json_format import MessageToDict
-
     from cluster.api.client import Client
+    from cluster.commands.placement import show_placement
 
     with Client(server, timeout_s=10) as client:
+        if rebalances:
+            show_placement(client.placement(), as_json)
+            return
         reply = client.status()
     if as_json:
-        result = MessageToDict(reply, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        emit(_numbers(result))
+        emit(as_numbers(reply))
         return
     _status_table(reply)
 
@@ -50,6 +58,15 @@ def _phases(process: control_pb2.ProcessStatus) -> str:
     return ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in process.startup)
 
 
+def as_numbers(message: Any) -> dict[str, Any]:
+    """A proto as JSON, with numbers as numbers."""
+    from google.protobuf.json_format import MessageToDict
+
+    result = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    found: dict[str, Any] = _numbers(result)
+    return found
+
+
 def _numbers(value: Any) -> Any:
     """64-bit integers, which protobuf writes as JSON strings, as numbers again."""
     if isinstance(value, dict):
@@ -74,6 +91,9 @@ _TEXT_KEYS = frozenset(
         "transport",
         "metrics_address",
         "traces",
+        "kind",
+        "state",
+        "problem",
     }
 )
 

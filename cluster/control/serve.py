@@ -1,28 +1,35 @@
-"""The coordinator's Serve shell: asks groups through Serve handles, keeps the epoch in Ray's key-value store."""
+"""The coordinator's Serve shell: asks and tells groups through Serve handles, starts and stops them, keeps epoch and
+plan in Ray's key-value store."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from cluster.config import TelemetryConfig
+from cluster.config import Config
+from cluster.control.applications import group_app, remove_applications, run_application
+from cluster.control.changes import Changes
 from cluster.control.coordinator import Coordinator
+from cluster.control.receipts import Receipt
+from cluster.control.routers import Routers
 from cluster.core import GroupId, GroupInfo, Membership
-from cluster.errors import Unavailable
+from cluster.errors import ConfigError, ExpertMeshError, Unavailable
+from cluster.experts.kept import keep_plan, kept_plan
+from cluster.placement.layout import balancedness
+from cluster.placement.planner import Holdings
+from cluster.routing.report import RouterReport
 from cluster.telemetry import logs
 
 ASK_TIMEOUT_S = 2.0
-GROUP_APP_PREFIX = "experts-"
+HOLD_TIMEOUT_S = 300.0
 _EPOCH_KEY = b"expertmesh:epoch"
-
-
-def group_app(group: GroupId) -> str:
-    """Name of the Serve application of a group."""
-    return f"{GROUP_APP_PREFIX}{group}"
+BuildGroup = Callable[[GroupId, Holdings], serve.Application]
 
 
 def next_epoch() -> int:
@@ -46,23 +53,126 @@ def ask_group(group: GroupId) -> GroupInfo:
     return info
 
 
+def tell_group(group: GroupId, layer: int, experts: Sequence[int]) -> int:
+    """Lets a group hold exactly these experts of a layer; bytes that it read.
+
+    Raises:
+        ExpertMeshError: it cannot, or does not answer.
+    """
+    try:
+        handle = serve.get_app_handle(group_app(group))
+        read: int = handle.hold.remote(layer, tuple(experts)).result(timeout_s=HOLD_TIMEOUT_S)
+    except ExpertMeshError as exc:  # Ray's errors of tasks are of their cause's class too
+        raise Unavailable(f"group {group} cannot hold {len(experts)} experts of layer {layer}: {_last(exc)}") from exc
+    except (RayError, TimeoutError, serve.exceptions.RayServeException) as exc:
+        raise Unavailable(f"group {group} does not answer: {type(exc).__name__}") from exc
+    return read
+
+
+def _last(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return lines[-1] if lines else type(exc).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class ServeFleet:
+    """Groups as Serve applications. ``gpus`` each wants."""
+
+    build: BuildGroup
+    gpus: int
+    start_timeout_s: float
+
+    def start(self, group: GroupId, holdings: Holdings) -> None:
+        """See `cluster.control.changes.Fleet`."""
+        free = ray.available_resources().get("GPU", 0.0)
+        if free < self.gpus:
+            raise ConfigError(f"groups: group {group} needs a GPU, and {free:g} are free in the cluster")
+        run_application(self.build(group, holdings), group_app(group), self.start_timeout_s)
+
+    def stop(self, group: GroupId) -> None:
+        """See `cluster.control.changes.Fleet`."""
+        remove_applications([group_app(group)])
+
+    def keep_plan(self, plan: str) -> None:
+        """See `cluster.control.changes.Fleet`."""
+        keep_plan(plan)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementView:
+    """How placement is looked after: what `expertmesh status --rebalances` shows."""
+
+    receipts: list[Receipt]
+    routers: list[RouterReport]
+    balance: bool
+    autoscale: tuple[int, int]
+    drained: list[GroupId]
+    balance_now: float | None
+    windows: int
+    window_s: float
+    progress_age_s: float
+    groups: list[GroupId] = field(default_factory=list)
+
+
 class CoordinatorShell:
     """Deployment ``coordinator`` of the application ``expertmesh``."""
 
     def __init__(
-        self,
-        experts_per_layer: Sequence[int],
-        groups: Sequence[GroupId],
-        start_timeout_s: float,
-        telemetry: TelemetryConfig,
+        self, experts_per_layer: Sequence[int], groups: Sequence[GroupId], config: Config, fleet: ServeFleet
     ) -> None:
-        logs.set_up(telemetry.log_level, telemetry.log_format)
-        self._coordinator = Coordinator(experts_per_layer, groups, ask_group, next_epoch())
-        self._coordinator.start(start_timeout_s)
+        logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
+        self._window_s = config.placement.window_s
+        plan = kept_plan(len(experts_per_layer))  # of a coordinator before this one
+        self._coordinator = Coordinator(experts_per_layer, sorted(plan or groups), ask_group, next_epoch())
+        self._routers = Routers(experts_per_layer, self._window_s)
+        self._changes = Changes(self._coordinator, self._routers, tell_group, fleet, config.placement)
+        self._changes.adopt(plan or {})
+        self._coordinator.start(config.start_timeout_s)
+        self._changes.start()
 
-    def membership(self) -> Membership:
-        """See `Coordinator`."""
+    def membership(self, report: RouterReport | None = None) -> Membership:
+        """See `Coordinator`. A router tells how it is when it asks."""
+        if report is not None:
+            self._routers.told(report)
         return self._coordinator.membership()
+
+    def change(self, kind: str, value: int) -> int:
+        """Asks for a change: a field of ``ChangePlacementRequest`` and its value. The number of its receipt, or 0.
+
+        Raises:
+            InvalidArgument: it is not possible.
+        """
+        changes = self._changes
+        if kind == "balance":
+            changes.balancing = bool(value)
+            return 0
+        asked: dict[str, Callable[[], Receipt]] = {
+            "groups": lambda: changes.scale(value),
+            "drain": lambda: changes.drain(value),
+            "give_back": lambda: changes.give_back(value),
+            "rebalance": changes.rebalance,
+        }
+        receipt: Receipt = asked[kind]()
+        return receipt.number
+
+    def placement(self) -> PlacementView:
+        """Everything that `expertmesh status --rebalances` shows."""
+        windows, held = self._routers.windows(), self._coordinator.holdings()
+        scaler = self._changes.autoscaler
+        drained = self._changes.drained()
+        taking = {group: holdings for group, holdings in held.items() if group not in drained}
+        return PlacementView(
+            self._changes.receipts.all(),
+            self._routers.reports(),
+            self._changes.balancing,
+            (scaler.least, scaler.most) if scaler is not None else (0, 0),
+            drained,
+            balancedness(self._routers.recent_loads(2), taking) if windows and taking else None,
+            len(windows),
+            self._window_s,
+            self._changes.progress_age_s(),
+            self._coordinator.groups(),
+        )
 
     def pid(self) -> int:
         """Its process id, for drills."""

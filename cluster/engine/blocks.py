@@ -19,8 +19,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from cluster.config import EngineConfig
 from cluster.errors import ConfigError
+from cluster.settings import EngineConfig
 
 _DIGEST_BYTES = 16
 _LOOKED_AT = 64

@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import torch
 
-from cluster.config import EngineConfig
 from cluster.core import Clock, Priority, Request
 from cluster.engine.blocks import BlockPool, num_blocks_of
 from cluster.engine.events import EngineStats, Listener, TokenEvent
@@ -36,7 +35,9 @@ from cluster.errors import (
 )
 from cluster.model.packed import Chunk
 from cluster.routing.step import StepContext
+from cluster.settings import EngineConfig
 from cluster.telemetry.account import RequestAccount, StepEvent
+from cluster.telemetry.gaps import GapCounts
 from cluster.telemetry.ledger import Ledger, Stage
 from cluster.telemetry.records import Observer, SpanRef, StepRecord
 from cluster.telemetry.steps import StepDetail
@@ -88,6 +89,7 @@ class Engine:
         self._outbox: list[tuple[Listener, TokenEvent]] = []  # the engine thread's own
         self._closed = False
         self._stats = EngineStats()
+        self.gaps = GapCounts()
         self._ledger = Ledger()
         self._previous: list[Live] = []  # in the step before
         self._ended_s = self._settled_s = self._told_s = clock()
@@ -114,6 +116,8 @@ class Engine:
                 f"{self._max_kv_tokens} (engine.kv_cache_bytes)",
             )
         text = TextStream(self._tokenizer, request.stop.stop_strings)
+        for token in request.received_ids:  # their text has been sent
+            text.push(token)
         live = Live(request, listener, sequence, text, RequestAccount(self._clock()))
         with self._lock:
             if self._closed:
@@ -291,6 +295,8 @@ class Engine:
             self._scheduler.ran(shares, ended_s - started_s)
             for live, token, event in zip(lives, chosen, events, strict=True):
                 if token is not None:
+                    if live.account.tokens:
+                        self.gaps.add(ended_s - live.account.tokens[-1])
                     live.account.token(self._ledger, ended_s)
                 if token is None or event is None:
                     continue

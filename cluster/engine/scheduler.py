@@ -26,10 +26,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from cluster.config import EngineConfig
 from cluster.core import Clock, Request
 from cluster.engine.blocks import BlockPool, BlockTable
 from cluster.errors import Overloaded
+from cluster.settings import EngineConfig
 
 FAIR_PART = 4
 """One part in so many of the prefill budget, and one admission in so many, go to who has waited longest."""
@@ -87,7 +87,7 @@ class Scheduled:
     """Time of arrival; for a near deadline an earlier one."""
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_ids)
+        self.tokens = [*self.request.prompt_ids, *self.request.received_ids]
 
     @property
     def max_tokens(self) -> int:

@@ -11,7 +11,6 @@ import dataclasses
 import threading
 from typing import NamedTuple
 
-from cluster.config import EngineConfig
 from cluster.core import Deadline, Request, SamplingParams, StopParams
 from cluster.engine.engine import Engine
 from cluster.engine.events import TokenEvent
@@ -19,6 +18,7 @@ from cluster.engine.text import Tokenizer
 from cluster.errors import DeadlineExceeded, ExpertMeshError
 from cluster.model.kv import KvStore
 from cluster.model.trunk import Trunk
+from cluster.settings import EngineConfig
 
 TIMEOUT_S = 300.0
 _NEW = 3

@@ -162,7 +162,7 @@ class ExpertBank:
         if not added and len(wanted) == int((old.slot_of_E >= 0).sum()):
             return 0
         moe_layer = self._moe_layers[layer]
-        each = sum(math.prod(p.shape[1:]) for p in moe_layer.module.parameters()) * self.how.dtype.itemsize
+        each: int = sum(math.prod(p.shape[1:]) for p in moe_layer.module.parameters()) * self.how.dtype.itemsize
         slot_of_E = np.full(len(old.slot_of_E), -1, np.int64)
         if self.store is not None:
             slot_of_E[wanted] = 0

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.config import FaultsConfig
 from cluster.core import Clock, ExpertId, GroupId
 from cluster.experts.loads import LoadNotes
+from cluster.settings import FaultsConfig
 from cluster.transport.base import LayerRows
 
 Compute = Callable[[int, LayerRows], torch.Tensor]

@@ -29,7 +29,7 @@ class Source(NamedTuple):
     """Where an expert of a new set of slots comes from: a slot of the old set, or a place in fresh tensors."""
 
     old: bool
-    index: int
+    place: int
 
 
 class LayerExperts(Protocol):
@@ -99,7 +99,7 @@ class DenseExperts:
     def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> DenseExperts:
         """See `LayerExperts`; packed copies that are there are used again."""
         tensors = {name: _gathered(now, fresh[name], sources) for name, now in self._tensors.items()}
-        known = [self._packed[source.index] if source.old and self._packed else None for source in sources]
+        known = [self._packed[source.place] if source.old and self._packed else None for source in sources]
         return DenseExperts(self._module, tensors, self._table, self._wants_packed, known)
 
     def _pairs(self) -> list[Packed]:
@@ -213,7 +213,7 @@ class QuantisedExperts:
         """See `LayerExperts`; what is quantised stays so."""
         other = QuantisedExperts(self._module, fresh, self._kind)
         merged = copy.copy(other)
-        merged._weights = [(self if source.old else other)._weights[source.index] for source in sources]
+        merged._weights = [(self if source.old else other)._weights[source.place] for source in sources]
         for name in ("_up_bias", "_down_bias"):
             if getattr(self, name) is not None:
                 setattr(merged, name, _gathered(getattr(self, name), getattr(other, name), sources))
@@ -254,7 +254,7 @@ def _gathered(now: torch.Tensor, fresh: torch.Tensor, sources: Sequence[Source])
     """The slots of ``sources``, one after the other."""
     found = torch.empty((len(sources), *now.shape[1:]), dtype=now.dtype, device=now.device)
     for slot, source in enumerate(sources):
-        found[slot].copy_((now if source.old else fresh)[source.index])
+        found[slot].copy_((now if source.old else fresh)[source.place])
     return found
 
 

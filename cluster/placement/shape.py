@@ -12,7 +12,8 @@ from cluster.errors import InvalidArgument
 Loads = np.ndarray[Any, np.dtype[np.float64]]
 """Tokens of each logical expert, [L, E]."""
 Slots = np.ndarray[Any, np.dtype[np.int64]]
-"""The logical expert in each physical slot, [L, S]; slots of a group are adjacent, and so are groups of a host."""
+"""The logical expert in each physical slot, [L, S]; slots of a group are adjacent, and so are groups of a host. In a
+plan that is to be changed -1 is an empty slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,13 @@ def slot_loads(loads_LE: Loads, slots_LS: Slots) -> Loads:
     copies_LE = count_copies(slots_LS, loads_LE.shape[1])
     layers = np.arange(len(slots_LS))[:, None]
     each_LE = loads_LE / np.maximum(copies_LE, 1)
-    found: Loads = each_LE[layers, slots_LS]
+    found: Loads = np.where(slots_LS >= 0, each_LE[layers, slots_LS], 0.0)
     return found
 
 
 def count_copies(slots_LS: Slots, experts: int) -> Slots:
     """Copies of each logical expert, [L, E]."""
     copies_LE = np.zeros((len(slots_LS), experts), np.int64)
-    np.add.at(copies_LE, (np.arange(len(slots_LS))[:, None], slots_LS), 1)
+    layer_X, slot_X = np.nonzero(slots_LS >= 0)
+    np.add.at(copies_LE, (layer_X, slots_LS[layer_X, slot_X]), 1)
     return copies_LE

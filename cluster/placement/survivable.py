@@ -74,7 +74,8 @@ def _only_if_worth_it(loads_LE: Loads, shape: Shape, current_LS: Slots, new_LS: 
     gain_L = _balancedness(loads_LE, shape, new_LS) - _balancedness(loads_LE, shape, current_LS)
     before_L, after_L = _lonely(loads_LE, shape, current_LS), _lonely(loads_LE, shape, new_LS)
     safer_L = (after_L < before_L - least * loads_LE.sum(-1)) | ((after_L == 0) & (before_L > 0))
-    return np.where(((gain_L > least) | safer_L)[:, None], new_LS, current_LS)
+    lacks_L = (count_copies(current_LS, loads_LE.shape[1]) == 0).any(-1)
+    return np.where(((gain_L > least) | safer_L | lacks_L)[:, None], new_LS, current_LS)
 
 
 def _balancedness(loads_LE: Loads, shape: Shape, slots_LS: Slots) -> Any:
@@ -86,7 +87,8 @@ def _lonely(loads_LE: Loads, shape: Shape, slots_LS: Slots) -> Any:
     """Load of experts whose copies are all on one host, by layer."""
     hosts_LEH = np.zeros((*loads_LE.shape, shape.hosts), bool)
     host_S = shape.host_of_group()[shape.group_of_slot()]
-    hosts_LEH[np.arange(len(slots_LS))[:, None], slots_LS, host_S[None, :]] = True
+    layer_X, slot_X = np.nonzero(slots_LS >= 0)
+    hosts_LEH[layer_X, slots_LS[layer_X, slot_X], host_S[slot_X]] = True
     return np.where(hosts_LEH.sum(-1) < min(2, shape.hosts), loads_LE, 0.0).sum(-1)
 
 
@@ -175,10 +177,11 @@ class _Table:
         """Takes over a plan, less the copies that are too many: those first that share a group or a host with another
         copy, then those in the busiest groups."""
         self.slots_LS = current_LS.copy()
-        at = self._every[:, None]
-        np.add.at(self._in_group_LEG, (at, current_LS, self._group_S[None, :]), 1)
-        np.add.at(self._on_host_LEH, (at, current_LS, self._host_S[None, :]), 1)
-        self._used_LG[:] = self._shape.slots_each
+        layer_X, slot_X = np.nonzero(current_LS >= 0)
+        expert_X = current_LS[layer_X, slot_X]
+        np.add.at(self._in_group_LEG, (layer_X, expert_X, self._group_S[slot_X]), 1)
+        np.add.at(self._on_host_LEH, (layer_X, expert_X, self._host_S[slot_X]), 1)
+        np.add.at(self._used_LG, (layer_X, self._group_S[slot_X]), 1)
         loads_LG = self._group_loads()
         surplus_LE = count_copies(current_LS, self._shape.experts) - self.copies_LE
         for layer, expert in zip(*(found.tolist() for found in np.nonzero(surplus_LE > 0)), strict=True):

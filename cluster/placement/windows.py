@@ -55,8 +55,8 @@ def _loads(path: Path, number: int, window: Any) -> Loads:
     return loads_LE
 
 
-def read_plan(path: Path, layers: int, experts: int, slots: int) -> Slots:
-    """The plan of a file that `plan --json` wrote (or its ``phy2log`` alone), [L, S].
+def read_plan(path: Path, layers: int, experts: int, slots: int | None = None) -> Slots:
+    """The plan of a file that `plan --json` wrote (or its ``phy2log`` alone), [L, S]; of any S where none is given.
 
     Raises:
         InvalidArgument: the file cannot be read, or is of another shape.
@@ -67,8 +67,9 @@ def read_plan(path: Path, layers: int, experts: int, slots: int) -> Slots:
         slots_LS = np.array(content, np.int64)
     except (TypeError, ValueError) as exc:
         raise InvalidArgument("--current", str(path), "must hold phy2log: a list of experts for each layer") from exc
-    if slots_LS.shape != (layers, slots):
-        raise InvalidArgument("--current", str(path), f"must have {slots} slots in each of {layers} layers")
+    if slots_LS.ndim != 2 or slots_LS.shape != (layers, slots or slots_LS.shape[1]) or not slots_LS.size:
+        count = f"{slots} slots" if slots else "slots"
+        raise InvalidArgument("--current", str(path), f"must have {count} in each of {layers} layers")
     if slots_LS.min() < 0 or slots_LS.max() >= experts:
         raise InvalidArgument("--current", str(path), f"names experts that are not from 0 to {experts - 1}")
     return slots_LS

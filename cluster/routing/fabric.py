@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cluster.core import Clock, Deadline, GroupId, GroupInfo, LayerCall, Membership, PlacementTable
-from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, Overloaded, Unavailable
+from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, MissingExperts, Overloaded, Unavailable
 from cluster.routing.choice import LayerCopies, Owners
 from cluster.routing.prediction import look_ahead
 from cluster.transport.base import LayerRows, Transport
@@ -215,6 +215,8 @@ class Fabric:
                 finally:
                     if not pending.done():
                         link.cancel(pending)
+        except MissingExperts:
+            pass  # that is an answer
         except (Unavailable, DeadlineExceeded, Overloaded) as exc:
             log.info("group %d does not answer yet: %s", group, exc)
             return

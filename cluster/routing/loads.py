@@ -33,6 +33,17 @@ class ExpertLoads:
             self._tokens[key] += counts_E
             self._activations[layer] += counts_E > 0
 
+    def arrays(self, layers: int, experts: int) -> tuple[Any, Any]:
+        """Activations, and tokens of steps that did not only decode, each int64 [L, E]."""
+        activations_LE, prefill_LE = np.zeros((layers, experts), np.int64), np.zeros((layers, experts), np.int64)
+        with self._lock:
+            for layer, counts_E in self._activations.items():
+                activations_LE[layer, : len(counts_E)] = counts_E
+                tokens_E = self._tokens.get((layer, False))
+                if tokens_E is not None:
+                    prefill_LE[layer, : len(tokens_E)] = tokens_E
+        return activations_LE, prefill_LE
+
     def sums(self) -> list[dict[str, list[int]]]:
         """By layer: ``decode_tokens``, ``prefill_tokens`` and ``activations`` of each expert."""
         with self._lock:

@@ -15,8 +15,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from cluster import __version__
-from cluster.config import TelemetryConfig
 from cluster.errors import ConfigError
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.store import StoreExporter, default_store
 
 OTLP, FILE = "otlp", "file"

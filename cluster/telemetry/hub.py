@@ -15,8 +15,8 @@ from opentelemetry.sdk.metrics.export import MetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 
-from cluster.config import TelemetryConfig
 from cluster.core import Clock, LayerCall
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.exporters import OTLP, destinations, metric_reader, place_of, resource_of, span_exporter
 from cluster.telemetry.keep import TailSampler
 from cluster.telemetry.logs import log_request

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import EngineConfig
 from cluster.engine.blocks import BlockPool, BlockTable, num_blocks_of
 from cluster.errors import ConfigError
+from cluster.settings import EngineConfig
 
 
 def filled(pool: BlockPool, tokens: list[int], expected: int = 0) -> BlockTable:

@@ -10,7 +10,6 @@ from typing import cast
 import pytest
 import torch
 
-from cluster.config import EngineConfig
 from cluster.core import Deadline, FinishReason, Request, SamplingParams, StopParams
 from cluster.engine.engine import Engine
 from cluster.engine.events import EngineStats, TokenEvent
@@ -26,6 +25,7 @@ from cluster.errors import (
 )
 from cluster.model.packed import Chunk
 from cluster.routing.step import StepContext
+from cluster.settings import EngineConfig
 from cluster.telemetry.account import StepEvent
 from cluster.telemetry.ledger import Stage
 from cluster.telemetry.records import StepRecord

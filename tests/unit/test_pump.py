@@ -11,7 +11,7 @@ from typing import Any
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from cluster.config import TelemetryConfig
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.hub import Telemetry
 from cluster.telemetry.pump import SpanPump
 from cluster.telemetry.store import StoreExporter, read_store

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
-from cluster.config import TelemetryConfig
 from cluster.core import LayerCall
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.account import StepEvent
 from cluster.telemetry.blame import blame
 from cluster.telemetry.exchange import to_jaeger, to_otlp_json

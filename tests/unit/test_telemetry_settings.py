@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import TelemetryConfig, load_config
+from cluster.config import load_config
 from cluster.errors import ConfigError
+from cluster.settings import TelemetryConfig
 from cluster.telemetry.exporters import destinations
 from cluster.telemetry.logs import JsonLines, TextLines, log_request
 from tests.records import in_store, record, traces_from

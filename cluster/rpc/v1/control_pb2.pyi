@@ -19,6 +19,285 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ChangePlacementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    GIVE_BACK_FIELD_NUMBER: _builtins.int
+    REBALANCE_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    groups: _builtins.int
+    """So many groups take calls: some are added, or those with the highest numbers drained and stopped."""
+    drain: _builtins.int
+    """This group gets no more calls; it stays, and holds nothing."""
+    give_back: _builtins.int
+    """This drained group takes calls again."""
+    rebalance: _builtins.bool
+    """Experts are placed anew by the loads of now."""
+    balance: _builtins.bool
+    """From now on experts are placed anew, or are not, whenever that makes groups clearly more even."""
+    def __init__(
+        self,
+        *,
+        groups: _builtins.int = ...,
+        drain: _builtins.int = ...,
+        give_back: _builtins.int = ...,
+        rebalance: _builtins.bool = ...,
+        balance: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "change", b"change", "drain", b"drain", "give_back", b"give_back", "groups", b"groups", "rebalance", b"rebalance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "change", b"change", "drain", b"drain", "give_back", b"give_back", "groups", b"groups", "rebalance", b"rebalance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["groups", "drain", "give_back", "rebalance", "balance"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___ChangePlacementRequest: _TypeAlias = ChangePlacementRequest  # noqa: Y015
+
+@_typing.final
+class ChangePlacementReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    receipt: _builtins.int
+    """Number of the receipt; 0 where there is none, as for `balance`."""
+    def __init__(
+        self,
+        *,
+        receipt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangePlacementReply: _TypeAlias = ChangePlacementReply  # noqa: Y015
+
+@_typing.final
+class PlacementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementRequest: _TypeAlias = PlacementRequest  # noqa: Y015
+
+@_typing.final
+class PlacementReceipt(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    BEGAN_UNIX_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    COPIES_LOADED_FIELD_NUMBER: _builtins.int
+    COPIES_DROPPED_FIELD_NUMBER: _builtins.int
+    BYTES_LOADED_FIELD_NUMBER: _builtins.int
+    BALANCE_BEFORE_FIELD_NUMBER: _builtins.int
+    BALANCE_PREDICTED_FIELD_NUMBER: _builtins.int
+    BALANCE_MEASURED_FIELD_NUMBER: _builtins.int
+    GAP_P99_MS_BEFORE_FIELD_NUMBER: _builtins.int
+    GAP_P99_MS_DURING_FIELD_NUMBER: _builtins.int
+    GAP_P99_MS_AFTER_FIELD_NUMBER: _builtins.int
+    GAPS_BEFORE_FIELD_NUMBER: _builtins.int
+    GAPS_DURING_FIELD_NUMBER: _builtins.int
+    GAPS_AFTER_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Number, from 1 in each coordinator's life; kind ("rebalance", "scale", "drain", "return", "refill", "rollback"), and
+    why it was made.
+    """
+    kind: _builtins.str
+    why: _builtins.str
+    state: _builtins.str
+    """"queued", "running", "watching" (done, and gaps are watched), or how it ended: "done", "failed", "rolled back",
+    "nothing to do". And what it failed with.
+    """
+    problem: _builtins.str
+    began_unix_s: _builtins.float
+    """Unix time of its begin, and seconds from there until groups held what they should."""
+    duration_s: _builtins.float
+    copies_loaded: _builtins.int
+    """Copies of experts that were loaded and dropped, and bytes that were read."""
+    copies_dropped: _builtins.int
+    bytes_loaded: _builtins.int
+    balance_before: _builtins.float
+    """Mean over maximum of the groups' loads: before, as planned, and in the load windows after it."""
+    balance_predicted: _builtins.float
+    balance_measured: _builtins.float
+    gap_p99_ms_before: _builtins.float
+    """p99 of gaps between two tokens of a stream, ms, and how many there were: in the time before, while it was carried
+    out, and after.
+    """
+    gap_p99_ms_during: _builtins.float
+    gap_p99_ms_after: _builtins.float
+    gaps_before: _builtins.int
+    gaps_during: _builtins.int
+    gaps_after: _builtins.int
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Groups that take calls after it."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        why: _builtins.str = ...,
+        state: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        began_unix_s: _builtins.float = ...,
+        duration_s: _builtins.float = ...,
+        copies_loaded: _builtins.int = ...,
+        copies_dropped: _builtins.int = ...,
+        bytes_loaded: _builtins.int = ...,
+        balance_before: _builtins.float | None = ...,
+        balance_predicted: _builtins.float | None = ...,
+        balance_measured: _builtins.float | None = ...,
+        gap_p99_ms_before: _builtins.float | None = ...,
+        gap_p99_ms_during: _builtins.float | None = ...,
+        gap_p99_ms_after: _builtins.float | None = ...,
+        gaps_before: _builtins.int = ...,
+        gaps_during: _builtins.int = ...,
+        gaps_after: _builtins.int = ...,
+        groups: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_balance_before", b"_balance_before", "_balance_measured", b"_balance_measured", "_balance_predicted", b"_balance_predicted", "_gap_p99_ms_after", b"_gap_p99_ms_after", "_gap_p99_ms_before", b"_gap_p99_ms_before", "_gap_p99_ms_during", b"_gap_p99_ms_during", "balance_before", b"balance_before", "balance_measured", b"balance_measured", "balance_predicted", b"balance_predicted", "gap_p99_ms_after", b"gap_p99_ms_after", "gap_p99_ms_before", b"gap_p99_ms_before", "gap_p99_ms_during", b"gap_p99_ms_during"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balance_before", b"_balance_before", "_balance_measured", b"_balance_measured", "_balance_predicted", b"_balance_predicted", "_gap_p99_ms_after", b"_gap_p99_ms_after", "_gap_p99_ms_before", b"_gap_p99_ms_before", "_gap_p99_ms_during", b"_gap_p99_ms_during", "balance_before", b"balance_before", "balance_measured", b"balance_measured", "balance_predicted", b"balance_predicted", "began_unix_s", b"began_unix_s", "bytes_loaded", b"bytes_loaded", "copies_dropped", b"copies_dropped", "copies_loaded", b"copies_loaded", "duration_s", b"duration_s", "gap_p99_ms_after", b"gap_p99_ms_after", "gap_p99_ms_before", b"gap_p99_ms_before", "gap_p99_ms_during", b"gap_p99_ms_during", "gaps_after", b"gaps_after", "gaps_before", b"gaps_before", "gaps_during", b"gaps_during", "groups", b"groups", "kind", b"kind", "number", b"number", "problem", b"problem", "state", b"state", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__balance_before: _TypeAlias = _typing.Literal["balance_before"]  # noqa: Y015
+    _WhichOneofArgType__balance_before: _TypeAlias = _typing.Literal["_balance_before", b"_balance_before"]  # noqa: Y015
+    _WhichOneofReturnType__balance_measured: _TypeAlias = _typing.Literal["balance_measured"]  # noqa: Y015
+    _WhichOneofArgType__balance_measured: _TypeAlias = _typing.Literal["_balance_measured", b"_balance_measured"]  # noqa: Y015
+    _WhichOneofReturnType__balance_predicted: _TypeAlias = _typing.Literal["balance_predicted"]  # noqa: Y015
+    _WhichOneofArgType__balance_predicted: _TypeAlias = _typing.Literal["_balance_predicted", b"_balance_predicted"]  # noqa: Y015
+    _WhichOneofReturnType__gap_p99_ms_after: _TypeAlias = _typing.Literal["gap_p99_ms_after"]  # noqa: Y015
+    _WhichOneofArgType__gap_p99_ms_after: _TypeAlias = _typing.Literal["_gap_p99_ms_after", b"_gap_p99_ms_after"]  # noqa: Y015
+    _WhichOneofReturnType__gap_p99_ms_before: _TypeAlias = _typing.Literal["gap_p99_ms_before"]  # noqa: Y015
+    _WhichOneofArgType__gap_p99_ms_before: _TypeAlias = _typing.Literal["_gap_p99_ms_before", b"_gap_p99_ms_before"]  # noqa: Y015
+    _WhichOneofReturnType__gap_p99_ms_during: _TypeAlias = _typing.Literal["gap_p99_ms_during"]  # noqa: Y015
+    _WhichOneofArgType__gap_p99_ms_during: _TypeAlias = _typing.Literal["_gap_p99_ms_during", b"_gap_p99_ms_during"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__balance_before) -> _WhichOneofReturnType__balance_before | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__balance_measured) -> _WhichOneofReturnType__balance_measured | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__balance_predicted) -> _WhichOneofReturnType__balance_predicted | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gap_p99_ms_after) -> _WhichOneofReturnType__gap_p99_ms_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gap_p99_ms_before) -> _WhichOneofReturnType__gap_p99_ms_before | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gap_p99_ms_during) -> _WhichOneofReturnType__gap_p99_ms_during | None: ...
+
+Global___PlacementReceipt: _TypeAlias = PlacementReceipt  # noqa: Y015
+
+@_typing.final
+class RouterStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Client address; process id and host; and whether it drains."""
+    pid: _builtins.int
+    host: _builtins.str
+    draining: _builtins.bool
+    live: _builtins.int
+    """Requests that have not ended."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        host: _builtins.str = ...,
+        draining: _builtins.bool = ...,
+        live: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "draining", b"draining", "host", b"host", "live", b"live", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterStatus: _TypeAlias = RouterStatus  # noqa: Y015
+
+@_typing.final
+class PlacementReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_MIN_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_MAX_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
+    BALANCE_NOW_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
+    balance: _builtins.bool
+    """Experts are placed anew by load. And the bounds between which groups are added and removed by load; 0 where never."""
+    autoscale_min: _builtins.int
+    autoscale_max: _builtins.int
+    balance_now: _builtins.float
+    """Mean over maximum of the groups' loads in the newest load windows; unset before there is one."""
+    windows: _builtins.int
+    """Load windows that are kept, and seconds of each."""
+    window_s: _builtins.float
+    progress_age_s: _builtins.float
+    """Seconds since the coordinator last looked at any of it."""
+    @_builtins.property
+    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementReceipt]:
+        """Oldest first."""
+
+    @_builtins.property
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterStatus]: ...
+    @_builtins.property
+    def drained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Groups that hold nothing and get no calls."""
+
+    def __init__(
+        self,
+        *,
+        receipts: _abc.Iterable[Global___PlacementReceipt] | None = ...,
+        routers: _abc.Iterable[Global___RouterStatus] | None = ...,
+        balance: _builtins.bool = ...,
+        autoscale_min: _builtins.int = ...,
+        autoscale_max: _builtins.int = ...,
+        drained: _abc.Iterable[_builtins.int] | None = ...,
+        balance_now: _builtins.float | None = ...,
+        windows: _builtins.int = ...,
+        window_s: _builtins.float = ...,
+        progress_age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now", "balance_now", b"balance_now"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now", "autoscale_max", b"autoscale_max", "autoscale_min", b"autoscale_min", "balance", b"balance", "balance_now", b"balance_now", "drained", b"drained", "progress_age_s", b"progress_age_s", "receipts", b"receipts", "routers", b"routers", "window_s", b"window_s", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__balance_now: _TypeAlias = _typing.Literal["balance_now"]  # noqa: Y015
+    _WhichOneofArgType__balance_now: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__balance_now) -> _WhichOneofReturnType__balance_now | None: ...
+
+Global___PlacementReply: _TypeAlias = PlacementReply  # noqa: Y015
+
+@_typing.final
 class LoadsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,6 +49,16 @@ class ControlStub:
                 request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsReply.FromString,
                 _registered_method=True)
+        self.ChangePlacement = channel.unary_unary(
+                '/cluster.rpc.v1.Control/ChangePlacement',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.ChangePlacementRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.ChangePlacementReply.FromString,
+                _registered_method=True)
+        self.Placement = channel.unary_unary(
+                '/cluster.rpc.v1.Control/Placement',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.PlacementRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.PlacementReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -75,6 +85,21 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangePlacement(self, request, context):
+        """Asks the coordinator for a change of groups or of what they hold. Returns at once; `Placement` tells what becomes of
+        it. UNAVAILABLE where groups live in the router's process, or the coordinator does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Placement(self, request, context):
+        """Changes of the placement so far, the routers of the system, and how placement is looked after.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +117,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Loads,
                     request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsReply.SerializeToString,
+            ),
+            'ChangePlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangePlacement,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.ChangePlacementRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.ChangePlacementReply.SerializeToString,
+            ),
+            'Placement': grpc.unary_unary_rpc_method_handler(
+                    servicer.Placement,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.PlacementRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.PlacementReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +210,60 @@ class Control:
             '/cluster.rpc.v1.Control/Loads',
             cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.SerializeToString,
             cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangePlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.rpc.v1.Control/ChangePlacement',
+            cluster_dot_rpc_dot_v1_dot_control__pb2.ChangePlacementRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_control__pb2.ChangePlacementReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Placement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.rpc.v1.Control/Placement',
+            cluster_dot_rpc_dot_v1_dot_control__pb2.PlacementRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_control__pb2.PlacementReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,45 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63luster/rpc/v1/inference.proto\x12\x0e\x63luster.rpc.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8a\x04\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12.\n\nprompt_ids\x18\x02 \x01(\x0b\x32\x18.cluster.rpc.v1.TokenIdsH\x00\x12)\n\x08messages\x18\x03 \x03(\x0b\x32\x17.cluster.rpc.v1.Message\x12\x1b\n\x0emax_new_tokens\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x10\n\x08stop_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\x07\x88\x01\x01\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x0e \x01(\x03H\x08\x88\x01\x01\x12\x15\n\rreturn_logits\x18\x0f \x01(\x08\x42\x07\n\x05inputB\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x0e\n\x0c_deadline_ms\"+\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"t\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12)\n\x03top\x18\x03 \x03(\x0b\x32\x1c.cluster.rpc.v1.TokenLogprob\x12\x12\n\nlogits_f32\x18\x04 \x01(\x0c\x42\n\n\x08_logprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"+\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x84\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.cluster.rpc.v1.Token\x12\x33\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1c.cluster.rpc.v1.FinishReason\x12$\n\x05usage\x18\x04 \x01(\x0b\x32\x15.cluster.rpc.v1.Usage\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x10\n\x08trace_id\x18\x06 \x01(\t\x12)\n\x06stages\x18\x07 \x03(\x0b\x32\x19.cluster.rpc.v1.StageTime\x12\x17\n\x0fmissing_experts\x18\x08 \x03(\t\"\x84\x02\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.cluster.rpc.v1.Token\x12\x33\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1c.cluster.rpc.v1.FinishReason\x12$\n\x05usage\x18\x04 \x01(\x0b\x32\x15.cluster.rpc.v1.Usage\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x10\n\x08trace_id\x18\x06 \x01(\t\x12)\n\x06stages\x18\x07 \x03(\x0b\x32\x19.cluster.rpc.v1.StageTime\x12\x17\n\x0fmissing_experts\x18\x08 \x03(\t\"\x12\n\x10ModelInfoRequest\"\x80\x02\n\x0eModelInfoReply\x12\x0c\n\x04\x61rch\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x07 \x01(\r\x12\x13\n\x0bnum_experts\x18\x08 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\t \x01(\r\x12\x12\n\nnum_groups\x18\n \x01(\r\x12\x15\n\rhas_tokenizer\x18\x0b \x01(\x08\x12\x0f\n\x07\x65nd_ids\x18\x0c \x03(\r\"W\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"\x1c\n\rTokenizeReply\x12\x0b\n\x03ids\x18\x01 \x03(\r\"Z\n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t*\x81\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x19\n\x15\x46INISH_REASON_STOP_ID\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x32\x96\x03\n\tInference\x12L\n\x08Generate\x12\x1f.cluster.rpc.v1.GenerateRequest\x1a\x1d.cluster.rpc.v1.GenerateChunk0\x01\x12N\n\x0cGenerateOnce\x12\x1f.cluster.rpc.v1.GenerateRequest\x1a\x1d.cluster.rpc.v1.GenerateReply\x12M\n\tModelInfo\x12 .cluster.rpc.v1.ModelInfoRequest\x1a\x1e.cluster.rpc.v1.ModelInfoReply\x12J\n\x08Tokenize\x12\x1f.cluster.rpc.v1.TokenizeRequest\x1a\x1d.cluster.rpc.v1.TokenizeReply\x12P\n\nDetokenize\x12!.cluster.rpc.v1.DetokenizeRequest\x1a\x1f.cluster.rpc.v1.DetokenizeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63luster/rpc/v1/inference.proto\x12\x0e\x63luster.rpc.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa0\x04\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12.\n\nprompt_ids\x18\x02 \x01(\x0b\x32\x18.cluster.rpc.v1.TokenIdsH\x00\x12)\n\x08messages\x18\x03 \x03(\x0b\x32\x17.cluster.rpc.v1.Message\x12\x1b\n\x0emax_new_tokens\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x10\n\x08stop_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\x07\x88\x01\x01\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x0e \x01(\x03H\x08\x88\x01\x01\x12\x15\n\rreturn_logits\x18\x0f \x01(\x08\x12\x14\n\x0creceived_ids\x18\x10 \x03(\rB\x07\n\x05inputB\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x0e\n\x0c_deadline_ms\"+\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"t\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12)\n\x03top\x18\x03 \x03(\x0b\x32\x1c.cluster.rpc.v1.TokenLogprob\x12\x12\n\nlogits_f32\x18\x04 \x01(\x0c\x42\n\n\x08_logprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"+\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x84\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.cluster.rpc.v1.Token\x12\x33\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1c.cluster.rpc.v1.FinishReason\x12$\n\x05usage\x18\x04 \x01(\x0b\x32\x15.cluster.rpc.v1.Usage\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x10\n\x08trace_id\x18\x06 \x01(\t\x12)\n\x06stages\x18\x07 \x03(\x0b\x32\x19.cluster.rpc.v1.StageTime\x12\x17\n\x0fmissing_experts\x18\x08 \x03(\t\"\x84\x02\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.cluster.rpc.v1.Token\x12\x33\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1c.cluster.rpc.v1.FinishReason\x12$\n\x05usage\x18\x04 \x01(\x0b\x32\x15.cluster.rpc.v1.Usage\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x10\n\x08trace_id\x18\x06 \x01(\t\x12)\n\x06stages\x18\x07 \x03(\x0b\x32\x19.cluster.rpc.v1.StageTime\x12\x17\n\x0fmissing_experts\x18\x08 \x03(\t\"\x12\n\x10ModelInfoRequest\"\x80\x02\n\x0eModelInfoReply\x12\x0c\n\x04\x61rch\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x07 \x01(\r\x12\x13\n\x0bnum_experts\x18\x08 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\t \x01(\r\x12\x12\n\nnum_groups\x18\n \x01(\r\x12\x15\n\rhas_tokenizer\x18\x0b \x01(\x08\x12\x0f\n\x07\x65nd_ids\x18\x0c \x03(\r\"W\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"\x1c\n\rTokenizeReply\x12\x0b\n\x03ids\x18\x01 \x03(\r\"Z\n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t*\x81\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x19\n\x15\x46INISH_REASON_STOP_ID\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x32\x96\x03\n\tInference\x12L\n\x08Generate\x12\x1f.cluster.rpc.v1.GenerateRequest\x1a\x1d.cluster.rpc.v1.GenerateChunk0\x01\x12N\n\x0cGenerateOnce\x12\x1f.cluster.rpc.v1.GenerateRequest\x1a\x1d.cluster.rpc.v1.GenerateReply\x12M\n\tModelInfo\x12 .cluster.rpc.v1.ModelInfoRequest\x1a\x1e.cluster.rpc.v1.ModelInfoReply\x12J\n\x08Tokenize\x12\x1f.cluster.rpc.v1.TokenizeRequest\x1a\x1d.cluster.rpc.v1.TokenizeReply\x12P\n\nDetokenize\x12!.cluster.rpc.v1.DetokenizeRequest\x1a\x1f.cluster.rpc.v1.DetokenizeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.rpc.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1959
-  _globals['_FINISHREASON']._serialized_end=2088
+  _globals['_FINISHREASON']._serialized_start=1981
+  _globals['_FINISHREASON']._serialized_end=2110
   _globals['_MESSAGE']._serialized_start=50
   _globals['_MESSAGE']._serialized_end=90
   _globals['_TOKENIDS']._serialized_start=92
   _globals['_TOKENIDS']._serialized_end=115
   _globals['_GENERATEREQUEST']._serialized_start=118
-  _globals['_GENERATEREQUEST']._serialized_end=640
-  _globals['_TOKENLOGPROB']._serialized_start=642
-  _globals['_TOKENLOGPROB']._serialized_end=685
-  _globals['_TOKEN']._serialized_start=687
-  _globals['_TOKEN']._serialized_end=803
-  _globals['_USAGE']._serialized_start=805
-  _globals['_USAGE']._serialized_end=862
-  _globals['_STAGETIME']._serialized_start=864
-  _globals['_STAGETIME']._serialized_end=907
-  _globals['_GENERATECHUNK']._serialized_start=910
-  _globals['_GENERATECHUNK']._serialized_end=1170
-  _globals['_GENERATEREPLY']._serialized_start=1173
-  _globals['_GENERATEREPLY']._serialized_end=1433
-  _globals['_MODELINFOREQUEST']._serialized_start=1435
-  _globals['_MODELINFOREQUEST']._serialized_end=1453
-  _globals['_MODELINFOREPLY']._serialized_start=1456
-  _globals['_MODELINFOREPLY']._serialized_end=1712
-  _globals['_TOKENIZEREQUEST']._serialized_start=1714
-  _globals['_TOKENIZEREQUEST']._serialized_end=1801
-  _globals['_TOKENIZEREPLY']._serialized_start=1803
-  _globals['_TOKENIZEREPLY']._serialized_end=1831
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1833
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1923
-  _globals['_DETOKENIZEREPLY']._serialized_start=1925
-  _globals['_DETOKENIZEREPLY']._serialized_end=1956
-  _globals['_INFERENCE']._serialized_start=2091
-  _globals['_INFERENCE']._serialized_end=2497
+  _globals['_GENERATEREQUEST']._serialized_end=662
+  _globals['_TOKENLOGPROB']._serialized_start=664
+  _globals['_TOKENLOGPROB']._serialized_end=707
+  _globals['_TOKEN']._serialized_start=709
+  _globals['_TOKEN']._serialized_end=825
+  _globals['_USAGE']._serialized_start=827
+  _globals['_USAGE']._serialized_end=884
+  _globals['_STAGETIME']._serialized_start=886
+  _globals['_STAGETIME']._serialized_end=929
+  _globals['_GENERATECHUNK']._serialized_start=932
+  _globals['_GENERATECHUNK']._serialized_end=1192
+  _globals['_GENERATEREPLY']._serialized_start=1195
+  _globals['_GENERATEREPLY']._serialized_end=1455
+  _globals['_MODELINFOREQUEST']._serialized_start=1457
+  _globals['_MODELINFOREQUEST']._serialized_end=1475
+  _globals['_MODELINFOREPLY']._serialized_start=1478
+  _globals['_MODELINFOREPLY']._serialized_end=1734
+  _globals['_TOKENIZEREQUEST']._serialized_start=1736
+  _globals['_TOKENIZEREQUEST']._serialized_end=1823
+  _globals['_TOKENIZEREPLY']._serialized_start=1825
+  _globals['_TOKENIZEREPLY']._serialized_end=1853
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1855
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1945
+  _globals['_DETOKENIZEREPLY']._serialized_start=1947
+  _globals['_DETOKENIZEREPLY']._serialized_end=1978
+  _globals['_INFERENCE']._serialized_start=2113
+  _globals['_INFERENCE']._serialized_end=2519
 # @@protoc_insertion_point(module_scope)

@@ -113,6 +113,7 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     RETURN_LOGITS_FIELD_NUMBER: _builtins.int
+    RECEIVED_IDS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text, UTF-8, tokenised with the checkpoint's special tokens. Not empty."""
     max_new_tokens: _builtins.int
@@ -155,6 +156,13 @@ class GenerateRequest(_message.Message):
     def stop_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Generation ends at any of these token ids, besides the model's own end ids: at most 64."""
 
+    @_builtins.property
+    def received_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The beginning of this very answer, which another router sent before it broke off: the tokens that came, in order,
+        fewer than max_new_tokens. Generation goes on after them as if it had never stopped, if it is greedy or has the same
+        seed; chunks carry the rest, usage counts all.
+        """
+
     def __init__(
         self,
         *,
@@ -173,10 +181,11 @@ class GenerateRequest(_message.Message):
         logprobs: _builtins.int | None = ...,
         deadline_ms: _builtins.int | None = ...,
         return_logits: _builtins.bool = ...,
+        received_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_logprobs", b"_logprobs", "_max_new_tokens", b"_max_new_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "deadline_ms", b"deadline_ms", "input", b"input", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "prompt", b"prompt", "prompt_ids", b"prompt_ids", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_logprobs", b"_logprobs", "_max_new_tokens", b"_max_new_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "deadline_ms", b"deadline_ms", "ignore_eos", b"ignore_eos", "input", b"input", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "messages", b"messages", "prompt", b"prompt", "prompt_ids", b"prompt_ids", "repetition_penalty", b"repetition_penalty", "return_logits", b"return_logits", "seed", b"seed", "stop", b"stop", "stop_ids", b"stop_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_logprobs", b"_logprobs", "_max_new_tokens", b"_max_new_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "deadline_ms", b"deadline_ms", "ignore_eos", b"ignore_eos", "input", b"input", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "messages", b"messages", "prompt", b"prompt", "prompt_ids", b"prompt_ids", "received_ids", b"received_ids", "repetition_penalty", b"repetition_penalty", "return_logits", b"return_logits", "seed", b"seed", "stop", b"stop", "stop_ids", b"stop_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015

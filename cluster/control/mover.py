@@ -1,0 +1,118 @@
+"""Carries out a change of the placement while the system serves, layer by layer.
+
+New copies are loaded and run first; then the table names them, and the old ones no more; when all routers use that
+table the old copies go. Whatever fails on the way leaves more copies than are wanted, never fewer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cluster.control.coordinator import Coordinator
+from cluster.control.routers import Routers
+from cluster.core import Clock, Deadline, GroupId
+from cluster.errors import ExpertMeshError, Unavailable
+from cluster.placement.planner import Holdings
+
+Hold = Callable[[GroupId, int, Sequence[int]], int]
+"""Tells a group which experts of a layer to hold, exactly; returns when they are warm. Bytes that it read."""
+ACK_TIMEOUT_S = 15.0
+SETTLE_S = 0.2
+"""Calls that were sent under the table before have been computed by then."""
+PAUSE_S = 0.05
+"""Between layers: groups compute, too."""
+MAX_AT_ONCE = 8
+"""Groups that load at a time."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """What has been done so far."""
+
+    loaded: int = 0
+    dropped: int = 0
+    num_bytes: int = 0
+
+
+class Mover:
+    """Used by one thread. ``sleep`` may end early, by raising."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        routers: Routers,
+        hold: Hold,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._coordinator, self._routers, self._hold = coordinator, routers, hold
+        self._clock, self._sleep = clock, sleep
+
+    def move(self, target: Mapping[GroupId, Holdings], moved: Moved, skip_dead: bool = False) -> None:
+        """Makes the groups hold ``target``, and lets the table name that; counts in ``moved`` as it goes. With
+        ``skip_dead`` groups that do not answer are left for later.
+
+        Raises:
+            ExpertMeshError: a group did not do its part. Layers before are done; the others are as they were, with
+                copies to spare.
+        """
+        for layer in range(len(self._coordinator.experts_per_layer)):
+            wanted = {group: tuple(sorted(holdings[layer])) for group, holdings in target.items()}
+            if self._layer(layer, wanted, moved, skip_dead):
+                self._sleep(PAUSE_S)
+
+    def _layer(self, layer: int, wanted: dict[GroupId, tuple[int, ...]], moved: Moved, skip_dead: bool) -> bool:
+        """Whether there was anything to do."""
+        held = {group: set(holdings[layer]) for group, holdings in self._coordinator.holdings().items()}
+        missing = {g: sorted(held.get(g, set()) | set(experts)) for g, experts in wanted.items()}
+        missing = {
+            g: experts
+            for g, experts in missing.items()
+            if set(experts) != held.get(g, set()) and (g in held or not skip_dead)
+        }
+        surplus = {g: wanted.get(g, ()) for g, experts in held.items() if experts - set(wanted.get(g, ()))}
+        if missing:
+            moved.loaded += sum(len(set(experts) - held.get(g, set())) for g, experts in missing.items())
+            moved.num_bytes += self._hold_all(layer, missing)
+            self._coordinator.poll()
+            now = self._coordinator.holdings()
+            for group, experts in missing.items():
+                if group not in now or not set(experts) <= set(now[group][layer]):
+                    raise Unavailable(f"group {group} does not hold what it was told to")
+        order = self._coordinator.want(layer, wanted)
+        if surplus:
+            self.wait_for_routers(order)
+            self._hold_all(layer, surplus)
+            moved.dropped += sum(len(held[g] - set(experts)) for g, experts in surplus.items())
+            self._coordinator.poll()
+        return bool(missing or surplus)
+
+    def _hold_all(self, layer: int, experts_of: Mapping[GroupId, Sequence[int]]) -> int:
+        with ThreadPoolExecutor(max_workers=MAX_AT_ONCE, thread_name_prefix="tell-group") as pool:
+            told = [pool.submit(self._hold, group, layer, experts) for group, experts in experts_of.items()]
+        failed: ExpertMeshError | None = None
+        total = 0
+        for future in told:
+            try:
+                total += future.result()
+            except ExpertMeshError as exc:
+                failed = exc
+        if failed is not None:
+            raise failed
+        return total
+
+    def wait_for_routers(self, order: tuple[int, int]) -> None:
+        """Until no router uses a table before this one, nor waits for calls of one.
+
+        Raises:
+            Unavailable: one of them still does after a while.
+        """
+        deadline = Deadline.after(ACK_TIMEOUT_S, self._clock)
+        while behind := self._routers.behind(order):
+            if deadline.expired():
+                raise Unavailable(f"routers {', '.join(behind)} still use an older table after {ACK_TIMEOUT_S:g} s")
+            self._sleep(0.1)
+        self._sleep(SETTLE_S)
