@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import gRPCOptions
 
 from cluster.api.ports import free_port, wait_for_port
@@ -201,6 +202,12 @@ def coordinator_pid() -> int:
     """Process id of the coordinator, for drills."""
     pid: int = serve.get_deployment_handle("coordinator", APP).pid.remote().result(timeout_s=10)
     return pid
+
+
+def controller_pid() -> int:
+    """Process id of Serve's controller, for drills."""
+    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    return int(ray.get(controller.get_pid.remote(), timeout=10))
 
 
 def drop_links(group: int) -> None:

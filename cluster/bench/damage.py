@@ -10,13 +10,47 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import psutil
 
 from cluster.errors import ExpertMeshError
 
 Pid = Callable[[], int]
-"""The process id of the group that is damaged, as it is now: a restarted group has another one."""
+
+
+class Targets(Protocol):
+    """What there is to damage. Process ids are as they are now: a restarted process has another one."""
+
+    def group(self) -> int:
+        """Process id of the group that is damaged."""
+        ...
+
+    def router(self) -> int:
+        """Process id of the router that is damaged."""
+        ...
+
+    def coordinator(self) -> int:
+        """Process id of the coordinator."""
+        ...
+
+    def controller(self) -> int:
+        """Process id of Serve's controller."""
+        ...
+
+    def drop_links(self) -> None:
+        """Closes the group's links once."""
+        ...
+
+    def scale(self) -> None:
+        """Adds a group, and removes it again."""
+        ...
+
+    def balance(self) -> None:
+        """Switches balance on, and waits until experts have been moved."""
+        ...
+
+
 SLICE_S = 0.02
 
 
@@ -28,12 +62,18 @@ class Kind:
     what: str
     max_gap_ms: float | None = None
     """Longest gap between two tokens that passes."""
+    max_untouched_gap_ms: float | None = None
+    """As before, of streams at other routers than the damaged one."""
     max_p99_ratio: float | None = None
     """Of gaps during the damage to those before."""
     lasts: bool = True
     """It goes on for a while; otherwise it is done at once."""
+    must_improve: bool = False
+    """p99 of gaps is to be less afterwards than before."""
     restarts: bool = False
-    """The group will be another process."""
+    """The group, or the router, will be another process."""
+    routers: int = 1
+    """Routers that it takes."""
     least_s: float = 0.0
     """It takes so long to mean anything."""
 
@@ -51,41 +91,64 @@ KINDS = {
             least_s=30.0,
         ),
         Kind("drop-link", "one group closes all its links, again and again"),
-        Kind("kill-coordinator", "SIGKILL for the coordinator's process", lasts=False),
+        Kind("kill-coordinator", "SIGKILL for the coordinator's process", max_gap_ms=300.0, lasts=False),
+        Kind("kill-controller", "SIGKILL for the process of Serve's controller", max_gap_ms=300.0, lasts=False),
+        Kind(
+            "kill-router",
+            "SIGKILL for one router's process",
+            max_untouched_gap_ms=300.0,
+            lasts=False,
+            restarts=True,
+            routers=2,
+        ),
+        Kind("scale", "one more group is started, and stopped again", max_p99_ratio=2.0, lasts=False),
+        Kind(
+            "rebalance",
+            "the hottest experts are in one group, and balance is switched on",
+            max_p99_ratio=1.25,
+            must_improve=True,
+            lasts=False,
+        ),
     )
 }
 
 
 @contextmanager
-def damaged(kind: Kind, group: Pid, coordinator: Pid, drop: Callable[[], None]) -> Iterator[None]:
-    """Does the damage for the time of the block; ``drop`` closes the group's links once."""
-    if kind.name == "kill-group":
-        os.kill(group(), signal.SIGKILL)
-        yield
-    elif kind.name == "kill-coordinator":
-        os.kill(coordinator(), signal.SIGKILL)
+def damaged(kind: Kind, targets: Targets) -> Iterator[None]:
+    """Does the damage for the time of the block."""
+    killed = {
+        "kill-group": targets.group,
+        "kill-router": targets.router,
+        "kill-coordinator": targets.coordinator,
+        "kill-controller": targets.controller,
+    }
+    if kind.name in killed:
+        os.kill(killed[kind.name](), signal.SIGKILL)
         yield
     elif kind.name == "hang-group":
-        pid = group()
+        pid = targets.group()
         try:
             os.kill(pid, signal.SIGSTOP)
             yield
         finally:
             _signal(pid, signal.SIGCONT)
     elif kind.name == "slow-group":
-        with _repeating(_slower(group()), 0.0):
+        with _repeating(_slower(targets.group()), 0.0):
             yield
     elif kind.name == "flap-group":
-        with _repeating(_kills_whoever_is_new(group), 0.5):
+        with _repeating(_kills_whoever_is_new(targets.group), 0.5):
+            yield
+    elif kind.name == "drop-link":
+        with _repeating(targets.drop_links, 0.4):
             yield
     else:
-        with _repeating(drop, 0.4):
-            yield
+        (targets.scale if kind.name == "scale" else targets.balance)()
+        yield
 
 
 def needs_cluster(kind: Kind) -> bool:
     """It cannot be done with process ids of groups alone."""
-    return kind.name in ("kill-coordinator", "drop-link")
+    return kind.name in ("kill-coordinator", "kill-controller", "drop-link")
 
 
 def _signal(pid: int, number: int) -> None:

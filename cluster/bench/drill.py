@@ -11,26 +11,24 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cluster.api.client import Client
 from cluster.bench.damage import Kind, damaged
+from cluster.bench.drill_report import RECOVERED, Answered, calls_between, mismatches, problems_of, report_of
 from cluster.bench.reference import Reference
-from cluster.bench.verify import NEAR_TIE
 from cluster.errors import ConfigError, ExpertMeshError, InvalidArgument, Unavailable
-from cluster.routing.speeds import HEDGED_SHARE
 from cluster.rpc.v1 import control_pb2, inference_pb2
 from cluster.telemetry.memory import process_facts
 
 Progress = Callable[[str], None]
 
 _WINDOW_S, _STEP_S = 2.0, 0.1
-_RECOVERED = 0.95
+_CHANGE_S = 180.0
 _GRACE_S = 60.0
 
 
@@ -53,48 +51,39 @@ class Work:
                 raise InvalidArgument(f"--{name}", getattr(self, name), f"must be at least {least}")
 
 
-@dataclass(slots=True)
-class Answered:
-    """One request: its prompt's number, tokens and when they came, and what it failed with."""
-
-    prompt: int
-    new: int
-    sent_s: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
-    error: str = ""
-    exact: bool = True
-
-
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is drilled: a server's address, and how to get at the coordinator and at a group's links."""
+    """What is drilled: its routers' addresses, and how to get at what has no address of its own."""
 
-    address: str
+    addresses: Sequence[str]
     coordinator: Callable[[], int]
+    controller: Callable[[], int]
     drop_links: Callable[[int], None]
 
 
 class _Streams:
     """The load."""
 
-    def __init__(self, address: str, prompts: Sequence[list[int]], work: Work) -> None:
-        self._address, self._prompts, self._work = address, prompts, work
+    def __init__(self, addresses: Sequence[str], prompts: Sequence[list[int]], work: Work) -> None:
+        self._addresses, self._prompts, self._work = list(addresses), prompts, work
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._next = 0
         self.answers: list[Answered] = []
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(work.streams)]
+        self.resumed = 0
+        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(work.streams)]
         for thread in self._threads:
             thread.start()
 
-    def _run(self) -> None:
-        with Client(self._address, timeout_s=_GRACE_S) as client:
+    def _run(self, number: int) -> None:
+        first = number % len(self._addresses)  # each has a router that it asks first
+        order = self._addresses[first:] + self._addresses[:first]
+        with Client(",".join(order), timeout_s=_GRACE_S) as client:
             while not self._stop.is_set():
                 with self._lock:
                     # Of different lengths, so that prefills of some meet decoding of others.
                     new = self._work.new - self._next * 7 % (self._work.new // 2)
-                    answer = Answered(self._next % len(self._prompts), new, time.monotonic())
+                    answer = Answered(self._next % len(self._prompts), new, time.monotonic(), router=first)
                     self._next += 1
                     self.answers.append(answer)
                 ids = inference_pb2.TokenIds(ids=self._prompts[answer.prompt])
@@ -107,6 +96,8 @@ class _Streams:
                 except ExpertMeshError as exc:
                     answer.error = f"{type(exc).__name__}: {exc}"
                     self._stop.wait(0.1)
+            with self._lock:
+                self.resumed += client.resumed
 
     def rate(self, since_s: float, until_s: float) -> float:
         """Tokens a second of a stretch of time."""
@@ -120,62 +111,168 @@ class _Streams:
             thread.join(2 * _GRACE_S)
 
 
+class _Targets:
+    """See `cluster.bench.damage.Targets`."""
+
+    def __init__(self, system: System, client: Client, group: int) -> None:
+        self._system, self._client, self._number = system, client, group
+        self.span: tuple[float, float] | None = None
+        """When a change of the placement was carried out."""
+
+    def group(self) -> int:
+        status = self._client.status()
+        process = next((item.process for item in status.groups if item.group == self._number), None)
+        return _reachable(f"group {self._number}", process)
+
+    def router(self) -> int:
+        with Client(self._system.addresses[0], timeout_s=10) as client:
+            return _reachable("the router", client.status().router)
+
+    def coordinator(self) -> int:
+        return self._system.coordinator()
+
+    def controller(self) -> int:
+        return self._system.controller()
+
+    def drop_links(self) -> None:
+        self._system.drop_links(self._number)
+
+    def scale(self) -> None:
+        count, begun_s = len(self._client.status().groups), time.monotonic()
+        for groups in (count + 1, count):
+            self._wait_for_change(self._client.change_placement(groups=groups))
+        self.span = begun_s, time.monotonic()
+
+    def balance(self) -> None:
+        self._client.change_placement(balance=True)
+        self._wait_for_change(None)
+
+    def _wait_for_change(self, number: int | None) -> None:
+        """Until it has been carried out; the first rebalance where no number is given.
+
+        Raises:
+            Unavailable: it failed, or was not carried out in time.
+        """
+        begun_s: float | None = None
+        until_s = time.monotonic() + _CHANGE_S
+        while time.monotonic() < until_s:
+            for receipt in self._client.placement().receipts:
+                if receipt.number != number and (number is not None or receipt.kind != "rebalance"):
+                    continue
+                if receipt.state == "running" and begun_s is None:
+                    begun_s = time.monotonic()
+                if receipt.state in ("watching", "done", "rolled back"):
+                    ended_s = time.monotonic()
+                    self.span = (begun_s if begun_s is not None else ended_s - receipt.duration_s), ended_s
+                    return
+                if receipt.state in ("failed", "nothing to do"):
+                    raise Unavailable(f"change {receipt.number} ({receipt.why}): {receipt.state}; {receipt.problem}")
+            time.sleep(0.1)
+        raise Unavailable(f"no change of the placement within {_CHANGE_S:g} s")
+
+
+def _reachable(what: str, process: control_pb2.ProcessStatus | None) -> int:
+    if process is None or not process.pid:
+        raise Unavailable(f"{what} is not there")
+    if process.host != process_facts().host:
+        raise ConfigError(f"{what} is on {process.host}; a drill reaches processes of its own host only")
+    return int(process.pid)
+
+
+def prompts_of(work: Work, vocab_size: int) -> list[list[int]]:
+    """Prompts of random tokens, the same for the same seed."""
+    rng = random.Random(work.seed)
+    return [[rng.randrange(vocab_size) for _ in range(rng.randint(4, 24))] for _ in range(work.prompts)]
+
+
+def skewed_plan(addresses: Sequence[str], work: Work, groups: int, progress: Progress) -> list[list[int]]:
+    """A placement that has the hottest experts of each layer in one group and the coldest in another: slots by layer,
+    after the load has run for a while. Slots that are too many hold what their group holds already."""
+    with Client(addresses[0]) as client:
+        progress("finding out which experts are hot")
+        streams = _Streams(addresses, prompts_of(work, client.model_info().vocab_size), work)
+        time.sleep(work.before)
+        streams.end()
+        layers = [list(layer.activations) for layer in client.loads().layers]
+    plan = []
+    for loads in layers:
+        hottest = sorted(range(len(loads)), key=lambda expert: -loads[expert])
+        each = -(-len(loads) // groups)
+        held = [hottest[group * each : (group + 1) * each] for group in range(groups)]
+        plan.append([expert for experts in held for expert in (experts * each)[:each]])
+    return plan
+
+
 def run(kind: Kind, system: System, model: Path, work: Work, group: int, progress: Progress) -> dict[str, Any]:
     """The report; ``pass`` says whether everything is within its limits, ``problems`` what is not."""
-    rng = random.Random(work.seed)
-    with Client(system.address) as client:
+    if len(system.addresses) < kind.routers:
+        raise InvalidArgument("--routers", len(system.addresses), f"must be at least {kind.routers} for {kind.name}")
+    # Asks the routers that are not damaged first.
+    with Client(",".join(reversed(system.addresses))) as client:
         info, status = client.model_info(), client.status()
         if group not in {found.group for found in status.groups}:
             raise InvalidArgument("--group", group, f"must be one of the {len(status.groups)} groups, from 0")
-        prompts = [[rng.randrange(info.vocab_size) for _ in range(rng.randint(4, 24))] for _ in range(work.prompts)]
+        prompts = prompts_of(work, info.vocab_size)
         progress("computing the answers with transformers")
         reference = Reference(model, torch.float32)
         known = [reference.greedy(prompt, work.new) for prompt in prompts]
-        streams = _Streams(system.address, prompts, work)
+        targets = _Targets(system, client, group)
+        streams = _Streams(system.addresses, prompts, work)
         try:
             progress(f"{work.streams} streams; damage in {work.before:g} s")
             time.sleep(work.before)
             first = client.status()
             begun_s = time.monotonic()
+            known_routers = {router.pid for router in client.placement().routers} if kind.routers > 1 else set()
             progress(f"{kind.name}: {kind.what}")
-            with damaged(kind, lambda: _pid_of(client, group), system.coordinator, lambda: system.drop_links(group)):
+            with damaged(kind, targets):
                 time.sleep(max(work.damage, kind.least_s) if kind.lasts else 0.0)
             ended_s = time.monotonic()
+            if targets.span is not None:
+                begun_s, ended_s = targets.span
             before = streams.rate(begun_s - work.before + 1.0, begun_s)
             if kind.restarts:
-                _wait_until_back(client, group, first, work.after)
-                progress(f"group {group} is back {time.monotonic() - ended_s:.1f} s after the damage")
+                if kind.routers > 1:
+                    _wait_for_router(client, len(system.addresses), known_routers, work.after)
+                else:
+                    _wait_until_back(client, group, first, work.after)
+                progress(f"it is back {time.monotonic() - ended_s:.1f} s after the damage")
                 ended_s = time.monotonic()
             recovered_s = _wait_for(streams, before, ended_s, work.after, progress)
+            if kind.must_improve:
+                time.sleep(work.before)
         finally:
             streams.end()
         last = client.status()
-    report = _report(streams.answers, begun_s, ended_s if recovered_s is None else max(recovered_s, ended_s))
-    report |= _wrong(reference, prompts, known, streams.answers)
+        receipts = [as_receipt(receipt) for receipt in client.placement().receipts] if targets.span else []
+    until_s = ended_s if recovered_s is None or targets.span else max(recovered_s, ended_s)
+    report = report_of(streams.answers, begun_s, until_s)
+    report |= mismatches(reference, prompts, known, streams.answers)
     report |= {
         "drill": kind.name,
         "group": group,
+        "routers": len(system.addresses),
+        "resumed_streams": streams.resumed,
         "tokens_per_s_before": before,
+        "tokens_per_s_after": streams.rate(until_s, until_s + _WINDOW_S),
         "recovery_s": None if recovered_s is None else max(0.0, recovered_s - begun_s),
-        **_calls(first, last),
+        **calls_between(first, last),
         "seed": work.seed,
         "streams": work.streams,
         "groups": len(last.groups),
+        "changes": receipts,
     }
-    report["problems"] = _problems(kind, report)
+    report["problems"] = problems_of(kind, report)
     report["pass"] = not report["problems"]
     return report
 
 
-def _pid_of(client: Client, group: int) -> int:
-    process = next((item.process for item in client.status().groups if item.group == group), None)
-    if process is None or not process.pid:
-        raise Unavailable(f"group {group} is not there")
-    if process.host != process_facts().host:
-        raise ConfigError(
-            f"--group: group {group} is on {process.host}; a drill reaches processes of its own host only"
-        )
-    return int(process.pid)
+def as_receipt(receipt: control_pb2.PlacementReceipt) -> dict[str, Any]:
+    """What the report says of a change."""
+    names = ("kind", "state", "duration_s", "copies_loaded", "copies_dropped", "bytes_loaded")
+    return {name: getattr(receipt, name) for name in names} | {
+        field.name: value for field, value in receipt.ListFields() if field.has_presence
+    }
 
 
 def _wait_until_back(client: Client, group: int, first: control_pb2.StatusReply, limit_s: float) -> None:
@@ -196,93 +293,24 @@ def _wait_until_back(client: Client, group: int, first: control_pb2.StatusReply,
     raise Unavailable(f"group {group} did not come back within {limit_s:g} s")
 
 
+def _wait_for_router(client: Client, count: int, known: set[int], limit_s: float) -> None:
+    """Until there are as many routers as before, one of them new. Raises as `_wait_until_back`."""
+    until_s = time.monotonic() + limit_s
+    while time.monotonic() < until_s:
+        pids = {router.pid for router in client.placement().routers}
+        if len(pids) >= count and pids - known:
+            return
+        time.sleep(0.2)
+    raise Unavailable(f"no router came in the place of the dead one within {limit_s:g} s")
+
+
 def _wait_for(streams: _Streams, before: float, ended_s: float, limit_s: float, progress: Progress) -> float | None:
     """When throughput was back for a whole window; None if it never was."""
     at_s = ended_s
     while at_s < ended_s + limit_s:
         time.sleep(max(0.0, at_s + _WINDOW_S - time.monotonic()))
-        if streams.rate(at_s, at_s + _WINDOW_S) >= _RECOVERED * before:
+        if streams.rate(at_s, at_s + _WINDOW_S) >= RECOVERED * before:
             progress(f"throughput is back {at_s - ended_s:.1f} s later")
             return at_s
         at_s += _STEP_S
     return None
-
-
-def _report(answers: list[Answered], begun_s: float, until_s: float) -> dict[str, Any]:
-    gaps: dict[str, list[float]] = {"before": [], "during": []}
-    for answer in answers:
-        for earlier, later in zip(answer.times_s, answer.times_s[1:], strict=False):
-            if later < begun_s:
-                gaps["before"].append(later - earlier)
-            elif earlier <= until_s:
-                gaps["during"].append(later - earlier)
-    firsts = {
-        name: [a.times_s[0] - a.sent_s for a in answers if a.times_s and (a.times_s[0] < begun_s) == (name == "before")]
-        for name in gaps
-    }
-    errors: dict[str, int] = {}
-    for answer in answers:
-        short = answer.error.split(":")[0] or ("short" if len(answer.tokens) != answer.new else "")
-        if short:
-            errors[short] = errors.get(short, 0) + 1
-    p99 = {name: float(np.quantile(found, 0.99) * 1e3) if found else None for name, found in gaps.items()}
-    return {
-        "requests": len(answers),
-        "failed": sum(errors.values()),
-        "errors": errors,
-        "inexact": sum(not answer.exact for answer in answers),
-        "max_token_gap_ms": max(gaps["during"], default=0.0) * 1e3,
-        "max_token_gap_before_ms": max(gaps["before"], default=0.0) * 1e3,
-        "token_gap_p99_ms": p99,
-        "max_first_token_ms": {name: max(found, default=0.0) * 1e3 for name, found in firsts.items()},
-        "gaps": {name: len(found) for name, found in gaps.items()},
-        "damage_s": until_s - begun_s,
-    }
-
-
-def _wrong(
-    reference: Reference, prompts: list[list[int]], known: list[list[int]], answers: list[Answered]
-) -> dict[str, int]:
-    """Tokens that are not the known ones. Where an answer leaves the known one at a near tie of the reference's logits,
-    it is judged by the reference along its own tokens from there on."""
-    wrong = ties = 0
-    for answer in answers:
-        expected = known[answer.prompt][: len(answer.tokens)]
-        if answer.tokens == expected:
-            continue
-        logits_NV = reference.logits(prompts[answer.prompt], answer.tokens)
-        best_N = logits_NV.max(-1).values
-        chosen_N = logits_NV.gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        near = (best_N - chosen_N) <= NEAR_TIE * logits_NV.std()
-        wrong += int((~near).sum())
-        ties += int(near.all())
-    return {"mismatched_tokens": wrong, "near_tie_answers": ties}
-
-
-def _calls(first: control_pb2.StatusReply, last: control_pb2.StatusReply) -> dict[str, Any]:
-    calls = last.dispatch.calls - first.dispatch.calls
-    hedged = last.dispatch.hedged - first.dispatch.hedged
-    return {
-        "layer_calls": calls,
-        "resent_calls": last.dispatch.resent - first.dispatch.resent,
-        "hedges": hedged,
-        "hedges_won": last.dispatch.hedges_won - first.dispatch.hedges_won,
-        "hedged_share": hedged / calls if calls else 0.0,
-    }
-
-
-def _problems(kind: Kind, report: dict[str, Any]) -> list[str]:
-    found = [f"{report[key]} {what}" for key, what in _NONE_OF.items() if report[key]]
-    if kind.max_gap_ms is not None and report["max_token_gap_ms"] > kind.max_gap_ms:
-        found.append(f"a token came {report['max_token_gap_ms']:.0f} ms after the one before ({kind.max_gap_ms:g} ms)")
-    before, during = report["token_gap_p99_ms"]["before"], report["token_gap_p99_ms"]["during"]
-    if kind.max_p99_ratio is not None and before and during and during > kind.max_p99_ratio * before:
-        found.append(f"gap p99 went from {before:.0f} to {during:.0f} ms ({kind.max_p99_ratio:g} x)")
-    if report["hedged_share"] > HEDGED_SHARE:
-        found.append(f"{report['hedged_share']:.1%} of the calls were sent twice ({HEDGED_SHARE:.0%})")
-    if report["recovery_s"] is None:
-        found.append(f"throughput did not come back to {_RECOVERED:.0%}")
-    return found
-
-
-_NONE_OF = {"failed": "requests failed", "mismatched_tokens": "tokens differ", "inexact": "answers were not exact"}

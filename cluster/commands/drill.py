@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +16,24 @@ from cluster.commands.common import Json, emit, reporting, stdout, stopping
 from cluster.config import EMBEDDED_MODEL, load_config
 from cluster.errors import ConfigError, InvalidArgument
 
+_WINDOW_S = 4.0
+"""Of loads: drills are short."""
+
 
 def drill(
     kind: Annotated[
         str,
-        typer.Argument(help="kill-group, hang-group, slow-group, flap-group, drop-link or kill-coordinator."),
+        typer.Argument(
+            help="kill-group, hang-group, slow-group, flap-group, drop-link, kill-coordinator, kill-controller, "
+            "kill-router, scale or rebalance."
+        ),
     ],
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = EMBEDDED_MODEL,
     groups: Annotated[int, typer.Option(help="Expert groups.")] = 3,
-    copies: Annotated[int, typer.Option(help="Groups that hold each expert.")] = 2,
+    copies: Annotated[
+        int | None, typer.Option(help="Groups that hold each expert; 2 by default, and 1 for rebalance.")
+    ] = None,
+    routers: Annotated[int | None, typer.Option(help="Routers; 2 for kill-router, else 1, by default.")] = None,
     group: Annotated[int, typer.Option(help="The group that is damaged.")] = 1,
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
     new: Annotated[int, typer.Option(help="New tokens a request.")] = 48,
@@ -53,20 +66,37 @@ def drill(
         if server is not None:
             if needs_cluster(damage_kind):
                 raise ConfigError(f"--server: {kind} reaches processes through Ray; let the drill start the system")
-            system = drills.System(server, _nobody, lambda _group: None)
+            system = drills.System(server.split(","), _nobody, _nobody, lambda _group: None)
             report = drills.run(damage_kind, system, model, work, group, progress)
         else:
-            flags = {"model": str(model), "groups": groups, "copies": copies, "dtype": "fp32", "address": address}
-            settings = load_config(flags={**flags, "listen": "127.0.0.1:0", "data_plane": {"transport": transport}})
-            plan = make_plan(settings)
-            with composition.RaySession(settings, progress):
+            flags: dict[str, Any] = {
+                "model": str(model),
+                "groups": groups,
+                "copies": copies or (1 if damage_kind.must_improve else 2),
+                "routers": routers or damage_kind.routers,
+                "dtype": "fp32",
+                "address": address,
+                "listen": "127.0.0.1:0",
+                "data_plane": {"transport": transport},
+                "placement": {"window_s": _WINDOW_S},
+            }
+            settings = load_config(flags=flags)
+            with composition.RaySession(settings, progress), tempfile.TemporaryDirectory() as scratch:
                 stop.arm()
-                deployment = composition.deploy(plan, progress)
-                try:
-                    system = drills.System(deployment.address, composition.coordinator_pid, composition.drop_links)
+                if damage_kind.must_improve:
+                    file = Path(scratch) / "plan.json"
+                    with _served(composition, make_plan(settings), progress) as deployment:
+                        plan = drills.skewed_plan(deployment.addresses, work, groups, progress)
+                    file.write_text(json.dumps({"phy2log": plan}), encoding="utf-8")
+                    settings = load_config(flags={**flags, "placement": {"window_s": _WINDOW_S, "plan": str(file)}})
+                with _served(composition, make_plan(settings), progress) as deployment:
+                    system = drills.System(
+                        deployment.addresses,
+                        composition.coordinator_pid,
+                        composition.controller_pid,
+                        composition.drop_links,
+                    )
                     report = drills.run(damage_kind, system, model, work, group, progress)
-                finally:
-                    deployment.remove()
     if as_json:
         emit(report)
     else:
@@ -75,8 +105,17 @@ def drill(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _served(composition: Any, plan: Any, progress: Any) -> Iterator[Any]:
+    deployment = composition.deploy(plan, progress)
+    try:
+        yield deployment
+    finally:
+        deployment.remove()
+
+
 def _nobody() -> int:
-    raise ConfigError("--server: the coordinator cannot be reached without Ray")
+    raise ConfigError("--server: coordinator and controller cannot be reached without Ray")
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -85,8 +124,10 @@ def _show(report: dict[str, Any]) -> None:
     stdout.print(
         f"{report['requests']} requests, {report['failed']} failed, {report['mismatched_tokens']} tokens differ\n"
         f"gaps between tokens: longest {report['max_token_gap_ms']:.0f} ms (before: "
-        f"{report['max_token_gap_before_ms']:.0f}), p99 {p99['during']} ms (before: {p99['before']})\n"
-        f"throughput back {recovery}; {report['resent_calls']} calls sent again, {report['hedges']} twice "
+        f"{report['max_token_gap_before_ms']:.0f}), p99 {p99['during']} ms (before: {p99['before']}, after: "
+        f"{p99['after']})\n"
+        f"throughput back {recovery}; {report['resumed_streams']} streams resumed; "
+        f"{report['resent_calls']} calls sent again, {report['hedges']} twice "
         f"({report['hedged_share']:.1%})"
     )
     stdout.print("[green]pass[/green]" if report["pass"] else f"[red]fail[/red]: {'; '.join(report['problems'])}")

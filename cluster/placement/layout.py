@@ -56,7 +56,8 @@ def replan(
 ) -> dict[GroupId, Holdings]:
     """What each of ``groups`` should hold, with as many copies as there are now and few moves from ``current``.
 
-    A group takes what the fullest one has now; where the groups are others than before, an even share of all copies.
+    A group takes what the fullest one has now; where the groups are others than before, or some are empty, an even
+    share of all copies.
 
     Raises:
         InvalidArgument: fewer groups than one.
@@ -64,7 +65,7 @@ def replan(
     if not groups:
         raise InvalidArgument("groups", 0, "must be at least 1")
     ordered, domains = in_order(groups, host_of)
-    same = sorted(current) == sorted(groups)
+    same = sorted(current) == sorted(groups) and all(any(holdings) for holdings in current.values())
     found: dict[GroupId, list[tuple[int, ...]]] = {group: [()] * len(experts_per_layer) for group in groups}
     for experts in sorted(set(experts_per_layer)):  # layers of one width are planned together
         layers = [layer for layer, count in enumerate(experts_per_layer) if count == experts]

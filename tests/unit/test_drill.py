@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.bench.damage import KINDS
-from cluster.bench.drill import Answered, Work, _problems, _report
+from cluster.bench.drill import Work
+from cluster.bench.drill_report import Answered, problems_of, report_of
 from cluster.errors import InvalidArgument
 from tests.e2e.processes import run_here
 
@@ -16,22 +17,24 @@ def answered(times_s: list[float], tokens: list[int] | None = None, error: str =
     return Answered(0, 4, times_s[0] - 0.1, tokens or list(range(len(times_s))), times_s, error)
 
 
-def report_of(*answers: Answered) -> dict[str, Any]:
+def full_report(*answers: Answered) -> dict[str, Any]:
     fine = {"mismatched_tokens": 0, "hedged_share": 0.0, "recovery_s": 1.0}
-    return {**_report(list(answers), begun_s=10.0, until_s=20.0), **fine}
+    return {**report_of(list(answers), begun_s=10.0, until_s=20.0), **fine}
 
 
 def test_gaps_are_told_apart_by_when_they_were() -> None:
-    report = report_of(answered([1.0, 1.1, 1.2, 1.3]), answered([9.0, 10.2, 10.3, 25.0]), answered([21.0, 22, 23, 24]))
+    report = full_report(
+        answered([1.0, 1.1, 1.2, 1.3]), answered([9.0, 10.2, 10.3, 25.0]), answered([21.0, 22, 23, 24])
+    )
     assert report["requests"] == 3
     assert report["failed"] == 0
     assert report["max_token_gap_before_ms"] == pytest.approx(100)
     assert report["max_token_gap_ms"] == pytest.approx(14_700), "what spans the damage counts, what began after it not"
-    assert report["gaps"] == {"before": 3, "during": 3}
+    assert report["gaps"] == {"before": 3, "during": 3, "after": 3}
 
 
 def test_failed_and_short_answers_are_counted_by_what_they_failed_with() -> None:
-    report = report_of(answered([1.0], error="Unavailable: gone"), answered([1.0, 1.1]), answered([1, 2, 3, 4]))
+    report = full_report(answered([1.0], error="Unavailable: gone"), answered([1.0, 1.1]), answered([1, 2, 3, 4]))
     assert report["errors"] == {"Unavailable": 1, "short": 1}
     assert report["failed"] == 2
 
@@ -44,15 +47,15 @@ def test_failed_and_short_answers_are_counted_by_what_they_failed_with() -> None
         ("drop-link", {"recovery_s": None}, "come back"),
         ("drop-link", {"inexact": 1}, "exact"),
         ("kill-group", {"max_token_gap_ms": 301.0}, "301 ms"),
-        ("slow-group", {"token_gap_p99_ms": {"before": 10.0, "during": 21.0}}, "p99"),
+        ("slow-group", {"token_gap_p99_ms": {"before": 10.0, "during": 21.0, "after": 9.0}}, "p99"),
         ("slow-group", {"hedged_share": 0.06}, "twice"),
     ],
 )
 def test_a_drill_fails_for_each_limit_alone(kind: str, change: dict[str, Any], word: str) -> None:
-    report = report_of(Answered(0, 4, 0.9, [0, 1, 2, 3], [1.0, 1.1, 10.1, 10.2], exact=True))
-    report |= {"max_token_gap_ms": 100.0, "token_gap_p99_ms": {"before": 10.0, "during": 20.0}}
-    assert _problems(KINDS[kind], report) == []
-    [problem] = _problems(KINDS[kind], report | change)
+    report = full_report(Answered(0, 4, 0.9, [0, 1, 2, 3], [1.0, 1.1, 10.1, 10.2], exact=True))
+    report |= {"max_token_gap_ms": 100.0, "token_gap_p99_ms": {"before": 10.0, "during": 20.0, "after": 9.0}}
+    assert problems_of(KINDS[kind], report) == []
+    [problem] = problems_of(KINDS[kind], report | change)
     assert word in problem
 
 
