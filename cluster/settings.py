@@ -48,6 +48,9 @@ class DataPlaneConfig:
     missing_experts: str = "wait"
     """For experts without a living copy: wait (group_wait_s at most), fail (UNAVAILABLE at once), or degrade (they are
     left out; such answers say that they are not exact, and which experts were missing)."""
+    fail_over: bool = True
+    """Calls that fail, hang or take long are sent to other copies at once. Off only to see what watching them costs:
+    then a group that fails is waited for."""
     group_wait_s: float = 30.0
     """How long a step waits for a group that is gone to come back before its requests fail."""
     payload_timeout_s: float = 10.0

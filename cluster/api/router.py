@@ -92,7 +92,11 @@ class Router:
         )
         data_plane = config.data_plane
         self._caller = Caller(
-            self.fabric, data_plane.call_timeout_s, data_plane.group_wait_s, policy=data_plane.missing_experts
+            self.fabric,
+            data_plane.call_timeout_s,
+            data_plane.group_wait_s,
+            policy=data_plane.missing_experts,
+            fail_over=data_plane.fail_over,
         )
         dispatcher = Dispatcher(
             self.fabric,

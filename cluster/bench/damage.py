@@ -91,8 +91,8 @@ KINDS = {
             least_s=30.0,
         ),
         Kind("drop-link", "one group closes all its links, again and again"),
-        Kind("kill-coordinator", "SIGKILL for the coordinator's process", max_gap_ms=300.0, lasts=False),
-        Kind("kill-controller", "SIGKILL for the process of Serve's controller", max_gap_ms=300.0, lasts=False),
+        Kind("kill-coordinator", "SIGKILL for the coordinator's process", max_gap_ms=300.0),
+        Kind("kill-controller", "SIGKILL for the process of Serve's controller", max_gap_ms=300.0),
         Kind(
             "kill-router",
             "SIGKILL for one router's process",

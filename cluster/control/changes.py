@@ -40,7 +40,8 @@ REST_WINDOWS = 3
 """Load windows after a change before the next is thought of; ten times as many after a rollback."""
 LEAST_LOAD = 500.0
 """Activations a layer from which on loads mean something."""
-IDEA_PERIOD_S = 1.0
+IDEA_PERIOD_S, REFILL_S = 1.0, 5.0
+"""Between two looks at what could be done; and between two tries to fill groups that lack something."""
 
 
 class Fleet(Protocol):
@@ -96,7 +97,7 @@ class Changes:
         self.autoscaler = Autoscaler(*span) if span is not None else None
         self.receipts = Receipts()
         self._rest_until_s = clock() + config.window_s
-        self._look_s = clock()
+        self._look_s = self._refill_after_s = clock()
         self._progress_s = clock()
         self._thread = threading.Thread(target=self._run, name="placement-changes", daemon=True)
 
@@ -215,8 +216,9 @@ class Changes:
         if now_s < self._look_s + IDEA_PERIOD_S:
             return
         self._look_s = now_s
-        lacking = self._lacking()
+        lacking = self._lacking() if now_s >= self._refill_after_s else None
         if lacking is not None:
+            self._refill_after_s = now_s + REFILL_S
             self._add(REFILL, "groups do not hold what they should", tuple(self.active()), lacking)
         elif now_s >= self._rest_until_s:
             self._rest_until_s = now_s + self._config.window_s
@@ -319,6 +321,7 @@ class Changes:
         )
         started = [group for group in sorted(target) if group not in members]
         leaving = [group for group in members if group not in task.groups]
+        stopped = [g for g in leaving if g not in self._drained] if task.receipt.kind == SCALE else []
         none: Holdings = ((),) * len(coordinator.experts_per_layer)
         idle = dict.fromkeys(leaving, none)
         if not started and all(held.get(g) == holdings for g, holdings in {**target, **idle}.items()):
@@ -329,7 +332,7 @@ class Changes:
         self._drained -= set(task.groups)
         self._mover.move({**target, **idle}, moved, skip_dead=task.receipt.kind == REFILL)
         self._drained |= set(leaving)
-        for group in leaving if task.receipt.kind == SCALE else ():
+        for group in stopped:
             self._mover.wait_for_routers(coordinator.remove(group))
             self._fleet.stop(group)
             self._drained -= {group}

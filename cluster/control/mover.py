@@ -25,7 +25,7 @@ SETTLE_S = 0.2
 PAUSE_S = 0.05
 """Between layers: groups compute, too."""
 MAX_AT_ONCE = 8
-"""Groups that load at a time."""
+"""Hosts whose groups load at a time."""
 
 
 @dataclass(slots=True)
@@ -91,8 +91,17 @@ class Mover:
         return bool(missing or surplus)
 
     def _hold_all(self, layer: int, experts_of: Mapping[GroupId, Sequence[int]]) -> int:
+        """Hosts at the same time, the groups of one host one after the other: they share its cores and its disk."""
+        infos = self._coordinator.membership().groups
+        by_host: dict[str, list[GroupId]] = {}
+        for group in experts_of:
+            by_host.setdefault(infos[group].host if group in infos else "", []).append(group)
+
+        def one_host(groups: list[GroupId]) -> int:
+            return sum(self._hold(group, layer, experts_of[group]) for group in groups)
+
         with ThreadPoolExecutor(max_workers=MAX_AT_ONCE, thread_name_prefix="tell-group") as pool:
-            told = [pool.submit(self._hold, group, layer, experts) for group, experts in experts_of.items()]
+            told = [pool.submit(one_host, groups) for groups in by_host.values()]
         failed: ExpertMeshError | None = None
         total = 0
         for future in told:

@@ -49,6 +49,7 @@ WAIT, FAIL, DEGRADE = "wait", "fail", "degrade"
 class Caller:
     """Calls of one router. One thread, the engine's.
 
+    ``fail_over`` off: nothing is sent to other copies while a group is in the table.
     ``policy`` is for experts without a living copy: wait for one, ``group_wait_s`` at most; fail at once; or degrade,
     which leaves them out and says so in the step's ``missing``.
     """
@@ -61,13 +62,19 @@ class Caller:
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         policy: str = WAIT,
+        fail_over: bool = True,
     ) -> None:
-        self._policy = policy
+        self._policy, self._fail_over = policy, fail_over
         self._fabric, self._clock, self._sleep = fabric, clock, sleep
         self.call_timeout_s, self._group_wait_s = call_timeout_s, group_wait_s
         self._call_ids = itertools.count(1)
         self.speeds = Speeds()
         self.resent_calls = self.hedges_won = 0
+
+    @property
+    def watches(self) -> bool:
+        """Calls have other copies to go to, and how long they take is of interest."""
+        return self._fail_over and self._fabric.has_copies
 
     def owners(self, layer: int, experts_P: Ints, decode: bool) -> Ints:
         """Whom to ask for each expert."""
@@ -101,7 +108,7 @@ class Caller:
             try:
                 if part.group < 0:
                     raise Unavailable(f"no living group holds {_names(layer, part)}")
-                if self._fabric.has_copies:
+                if self.watches:
                     part.covered = self._fabric.covered(layer, part.rows.pairs_3P[1], part.group)
                 part.link = self._fabric.link(part.group)
                 part.pending = part.link.submit(call, part.rows, self._limit(part))

@@ -125,7 +125,7 @@ class Dispatcher:
         rows, group = part.rows, self._caller.whose(layer, part)
         step.ledger.called(group, rows.hidden_TH.shape[0], rows.hidden_TH.nbytes + reply.partial_TH.nbytes)
         answered_s = part.pending.answered_s if part.pending is not None else arrived_s
-        if self._fabric.has_copies and part.pending is not None and not part.failed:
+        if self._caller.watches and part.pending is not None and not part.failed:
             self._learn(step, part, part.pending, reply)
         if reply.load_s > 0:
             begun_s = answered_s - reply.compute_s - reply.load_s

@@ -1,0 +1,287 @@
+"""Changes of the placement against groups that only remember what they hold: what the table says on the way, what is
+undone, and what is left when something fails in the middle."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.control import changes as changes_module
+from cluster.control.changes import Changes
+from cluster.control.coordinator import Coordinator
+from cluster.control.receipts import FINAL, Receipt
+from cluster.control.routers import Routers
+from cluster.core import GroupInfo, Membership
+from cluster.errors import InvalidArgument, Unavailable
+from cluster.placement.layout import plan_from_text
+from cluster.placement.planner import Holdings, plan_copies
+from cluster.routing.report import RouterReport
+from cluster.settings import PlacementConfig
+from cluster.telemetry.gaps import GapCounts
+
+LAYERS, EXPERTS = 3, 8
+
+
+class World:
+    """Groups, a router that follows the table, and clients that wait for tokens. Every table is checked as it comes: a
+    copy that a router's table names is there, and every expert has one."""
+
+    def __init__(self, groups: int, copies: int, config: PlacementConfig) -> None:
+        self.held = {g: [set(e) for e in h] for g, h in enumerate(plan_copies([EXPERTS] * LAYERS, groups, copies))}
+        self.born = dict.fromkeys(self.held, 0)
+        self.dead: set[int] = set()
+        self.plan = ""
+        self.problems: list[str] = []
+        self.gap_s, self.hot = 0.01, 0
+        self.lock = threading.Lock()
+        self.told: list[tuple[int, int, tuple[int, ...]]] = []
+        self.refuses: Callable[[int, int], bool] = lambda _group, _layer: False
+        self.coordinator = Coordinator([EXPERTS] * LAYERS, sorted(self.held), self.ask, epoch=1)
+        self.routers = Routers([EXPERTS] * LAYERS, config.window_s)
+        self.changes = Changes(self.coordinator, self.routers, self.hold, self, config)
+        self.gaps = GapCounts()
+        self.loads_LE: Any = np.zeros((LAYERS, EXPERTS), np.int64)
+        self.in_use = Membership(self.coordinator.membership().table)
+        self.stop_router = threading.Event()
+        self.router_stuck = False
+
+    # -- what groups and Serve do --------------------------------------------------------------------------------------
+
+    def ask(self, group: int) -> GroupInfo:
+        with self.lock:
+            if group in self.dead or group not in self.held:
+                raise Unavailable("no answer")
+            held = tuple(tuple(sorted(experts)) for experts in self.held[group])
+            return GroupInfo(group, "", f"{group}.{self.born[group]}", held, "f", "fp32", host=f"host-{group}")
+
+    def hold(self, group: int, layer: int, experts: Sequence[int]) -> int:
+        if self.refuses(group, layer):
+            raise Unavailable("planted")
+        self.ask(group)
+        with self.lock:
+            self.told.append((group, layer, tuple(experts)))
+            gone = self.held[group][layer] - set(experts)
+            named = self.in_use.table.owners[layer]
+            self.problems += [
+                f"expert {e} of layer {layer} left group {group} while a router's table named it"
+                for e in gone
+                if group in named[e] and not self.router_stuck
+            ]
+            read = len(set(experts) - self.held[group][layer])
+            self.held[group][layer] = set(experts)
+        return read * 100
+
+    def start(self, group: int, holdings: Holdings) -> None:
+        with self.lock:
+            self.held[group] = [set(experts) for experts in holdings]
+            self.born[group] = self.born.get(group, 0) + 1
+
+    def stop(self, group: int) -> None:
+        with self.lock:
+            if any(group in groups for layer in self.in_use.table.owners for groups in layer):
+                self.problems.append(f"group {group} was stopped while a router's table named it")
+            self.held.pop(group, None)
+
+    def keep_plan(self, plan: str) -> None:
+        self.plan = plan
+
+    # -- what the router does ------------------------------------------------------------------------------------------
+
+    def route(self) -> None:
+        while not self.stop_router.wait(0.02):
+            for _ in range(20):
+                self.gaps.add(self.gap_s)
+            self.loads_LE[:, :] += 1
+            self.loads_LE[:, self.hot : self.hot + 2] += 20
+            report = RouterReport(
+                "r", self.in_use.table.order, activations_LE=self.loads_LE.copy(), prefill_LE=self.loads_LE * 0
+            )
+            self.routers.told(RouterReport(**{**_fields(report), "gaps": self.gaps.counts()}))
+            if not self.router_stuck:
+                self.in_use = self.coordinator.membership()
+                if self.in_use.table.uncovered():
+                    self.problems.append(f"nobody holds {self.in_use.table.uncovered()[:3]}")
+
+    def done(self, receipt: Receipt, timeout_s: float = 20.0) -> Receipt:
+        end = self.changes.wait(receipt.number, timeout_s)
+        assert end.state in FINAL, end
+        return end
+
+    def holdings(self) -> dict[int, list[set[int]]]:
+        with self.lock:
+            return {group: [set(e) for e in held] for group, held in self.held.items()}
+
+
+def _fields(report: RouterReport) -> dict[str, Any]:
+    return {name: getattr(report, name) for name in RouterReport.__dataclass_fields__}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "REPORTS_S": 0.1,
+        "VERDICT_S": 2.0,
+        "LEAST_VERDICT_S": 0.1,
+        "IDEA_PERIOD_S": 0.05,
+        "REFILL_S": 0.5,
+        "LEAST_LOAD": 10.0,
+    }.items():
+        monkeypatch.setattr(changes_module, name, value)
+    monkeypatch.setattr("cluster.control.mover.ACK_TIMEOUT_S", 1.0)
+
+
+@contextmanager
+def world(groups: int = 3, copies: int = 2, **config: Any) -> Iterator[World]:
+    made = World(groups, copies, PlacementConfig(**{"window_s": 0.2, **config}))
+    router = threading.Thread(target=made.route)
+    made.coordinator.start(5)
+    router.start()
+    made.changes.start()
+    try:
+        yield made
+        assert made.problems == []
+    finally:
+        made.changes.close()
+        made.stop_router.set()
+        router.join()
+        made.coordinator.close()
+
+
+def copies_of(held: dict[int, list[set[int]]], layer: int) -> list[int]:
+    return [sum(expert in experts[layer] for experts in held.values()) for expert in range(EXPERTS)]
+
+
+def test_groups_come_and_go_and_every_expert_keeps_two_copies() -> None:
+    with world() as w:
+        up = w.done(w.changes.scale(5))
+        assert (up.state, up.groups) == ("done", (0, 1, 2, 3, 4))
+        assert all(count >= 2 for layer in range(LAYERS) for count in copies_of(w.holdings(), layer))
+        assert up.copies_loaded > 0
+        down = w.done(w.changes.scale(2))
+        assert (down.state, down.groups) == ("done", (0, 1))
+        held = w.holdings()
+        assert sorted(held) == [0, 1]
+        assert all(experts == set(range(EXPERTS)) for layers in held.values() for experts in layers)
+        assert plan_from_text(w.plan, LAYERS) == {g: tuple(tuple(sorted(e)) for e in h) for g, h in held.items()}
+
+
+def test_a_drained_group_holds_nothing_and_comes_back() -> None:
+    with world() as w:
+        assert w.done(w.changes.drain(1)).state == "done"
+        assert not any(w.holdings()[1])
+        assert w.changes.drained() == [1]
+        assert not any(1 in groups for layer in w.in_use.table.owners for groups in layer)
+        with pytest.raises(InvalidArgument, match="those that take calls: 0, 2"):
+            w.changes.drain(1)
+        assert w.done(w.changes.scale(3)).groups == (0, 2, 3), "a drained group is not counted, and not stopped"
+        assert w.done(w.changes.give_back(1)).groups == (0, 1, 2, 3)
+        assert all(w.holdings()[1])
+        with pytest.raises(InvalidArgument, match="drained"):
+            w.changes.give_back(1)
+
+
+def test_what_is_not_possible_is_refused_at_once() -> None:
+    with world(groups=2) as w:
+        for count in (0, EXPERTS + 1):
+            with pytest.raises(InvalidArgument, match="groups"):
+                w.changes.scale(count)
+        w.done(w.changes.drain(0))
+        with pytest.raises(InvalidArgument, match="last"):
+            w.changes.drain(1)
+
+
+def test_hot_experts_are_spread_when_balance_is_on() -> None:
+    with world(copies=1, balance=True, min_gain=0.05) as w:
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s and not any(r.state == "done" for r in w.changes.receipts.all()):
+            time.sleep(0.05)
+        [receipt] = [r for r in w.changes.receipts.all() if r.state == "done"][:1]
+        assert receipt.kind == "rebalance"
+        assert receipt.balance_predicted is not None
+        assert receipt.balance_before is not None
+        assert receipt.balance_predicted > receipt.balance_before + 0.05
+        assert receipt.gap_p99_ms_after == pytest.approx(10, rel=0.05)
+        assert min(receipt.gaps_before, receipt.gaps_after) >= 200
+        hot = [[g for g, held in w.holdings().items() if {w.hot, w.hot + 1} <= held[layer]] for layer in range(LAYERS)]
+        assert hot == [[]] * LAYERS, "the two hot experts are in two groups"
+
+
+def test_a_rebalance_that_makes_gaps_longer_is_taken_back() -> None:
+    with world(copies=1) as w:
+        time.sleep(0.5)
+        before = w.holdings()
+        receipt = w.changes.rebalance()
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s and not w.told:
+            time.sleep(0.001)
+        w.gap_s = 0.013
+        assert w.done(receipt).state == "rolled back"
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s and w.holdings() != before:
+            time.sleep(0.05)
+        assert w.holdings() == before
+        assert [r.kind for r in w.changes.receipts.all()] == ["rebalance", "rollback"]
+
+
+def test_a_group_that_came_back_as_it_was_started_gets_what_it_should_hold() -> None:
+    with world() as w:
+        w.done(w.changes.scale(4))
+        wanted = w.holdings()
+        w.dead.add(1)
+        time.sleep(0.2)
+        with w.lock:
+            w.held[1] = [set(e) for e in plan_copies([EXPERTS] * LAYERS, 3, 2)[1]]
+            w.born[1] += 1
+        w.dead.clear()
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s and w.holdings() != wanted:
+            time.sleep(0.05)
+        assert w.holdings() == wanted
+        assert "refill" in [r.kind for r in w.changes.receipts.all()]
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_change_that_fails_in_the_middle_leaves_every_expert_where_it_was_or_better(layer: int) -> None:
+    with world() as w:
+        w.refuses = lambda group, at: group == 0 and at == layer
+        receipt = w.done(w.changes.scale(2))
+        assert receipt.state == "failed"
+        assert "planted" in receipt.problem
+        assert all(count >= 2 for at in range(LAYERS) for count in copies_of(w.holdings(), at))
+        w.refuses = lambda _group, _layer: False
+        assert w.done(w.changes.scale(2)).state == "done"
+
+
+def test_a_router_that_keeps_an_old_table_keeps_its_copies() -> None:
+    with world() as w:
+        w.router_stuck = True
+        receipt = w.done(w.changes.drain(2))
+        assert receipt.state == "failed"
+        assert "older table" in receipt.problem
+        assert w.holdings()[2][0] == set(plan_copies([EXPERTS] * LAYERS, 3, 2)[2][0]), "nothing was dropped"
+
+
+def test_a_new_coordinator_goes_on_with_what_the_last_one_carried_out() -> None:
+    with world() as w:
+        w.done(w.changes.drain(0))
+        plan = plan_from_text(w.plan, LAYERS)
+        assert plan is not None
+        coordinator = Coordinator([EXPERTS] * LAYERS, sorted(plan), w.ask, epoch=2)
+        later = Changes(coordinator, Routers([EXPERTS] * LAYERS, 1.0), w.hold, w, PlacementConfig())
+        later.adopt(plan)
+        coordinator.poll()
+        assert later.drained() == [0]
+        assert later.active() == [1, 2]
+        assert coordinator.membership().table.owners == w.coordinator.membership().table.owners
+        coordinator.close()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"0": [[1]]}', '{"x": [[1],[1],[1]]}', '{"0": 5}', "nonsense"])
+def test_a_plan_of_something_else_is_none(text: str) -> None:
+    assert plan_from_text(text, LAYERS) is None
