@@ -28,7 +28,8 @@ from cluster.telemetry.memory import process_facts
 Progress = Callable[[str], None]
 
 _WINDOW_S, _STEP_S = 2.0, 0.1
-_CHANGE_S = 180.0
+_CHANGE_S, _LOOK_S = 180.0, 1.0
+"""For a change of the placement at most, and between two looks at it: each is work for the router that is measured."""
 _GRACE_S = 60.0
 
 
@@ -153,21 +154,18 @@ class _Targets:
         Raises:
             Unavailable: it failed, or was not carried out in time.
         """
-        begun_s: float | None = None
         until_s = time.monotonic() + _CHANGE_S
         while time.monotonic() < until_s:
             for receipt in self._client.placement().receipts:
                 if receipt.number != number and (number is not None or receipt.kind != "rebalance"):
                     continue
-                if receipt.state == "running" and begun_s is None:
-                    begun_s = time.monotonic()
                 if receipt.state in ("watching", "done", "rolled back"):
-                    ended_s = time.monotonic()
-                    self.span = (begun_s if begun_s is not None else ended_s - receipt.duration_s), ended_s
+                    begun_s = time.monotonic() - (time.time() - receipt.began_unix_s)
+                    self.span = begun_s, begun_s + receipt.duration_s
                     return
                 if receipt.state in ("failed", "nothing to do"):
                     raise Unavailable(f"change {receipt.number} ({receipt.why}): {receipt.state}; {receipt.problem}")
-            time.sleep(0.1)
+            time.sleep(_LOOK_S)
         raise Unavailable(f"no change of the placement within {_CHANGE_S:g} s")
 
 

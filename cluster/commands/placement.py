@@ -102,7 +102,7 @@ def _wait(client: Any, number: int, timeout_s: float, progress: Any) -> control_
             if found.state != said:
                 said = found.state
                 progress(f"{found.why}: {said}")
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def show_placement(reply: control_pb2.PlacementReply, as_json: bool) -> None:
