@@ -69,7 +69,9 @@ class Kind:
     lasts: bool = True
     """It goes on for a while; otherwise it is done at once."""
     must_improve: bool = False
-    """p99 of gaps is to be less afterwards than before."""
+    """p99 of requests' time per output token is to be less afterwards than before."""
+    before_s: float = 10.0
+    """Load before the damage, by default."""
     restarts: bool = False
     """The group, or the router, will be another process."""
     routers: int = 1
@@ -107,6 +109,7 @@ KINDS = {
             "the hottest experts are in one group, and balance is switched on",
             max_p99_ratio=1.25,
             must_improve=True,
+            before_s=20.0,
             lasts=False,
         ),
     )

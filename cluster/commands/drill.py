@@ -37,7 +37,9 @@ def drill(
     group: Annotated[int, typer.Option(help="The group that is damaged.")] = 1,
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
     new: Annotated[int, typer.Option(help="New tokens a request.")] = 48,
-    before: Annotated[float, typer.Option(help="Seconds of load before the damage.")] = 10.0,
+    before: Annotated[
+        float | None, typer.Option(help="Seconds of load before the damage; 20 for rebalance, else 10, by default.")
+    ] = None,
     damage: Annotated[float, typer.Option(help="Seconds that the damage lasts.")] = 6.0,
     after: Annotated[float, typer.Option(help="Seconds in which throughput must be back.")] = 60.0,
     seed: Annotated[int | None, typer.Option(help="Of the prompts; a fresh one by default.")] = None,
@@ -61,7 +63,14 @@ def drill(
         raise InvalidArgument("KIND", kind, f"must be one of {', '.join(KINDS)}")
     damage_kind = KINDS[kind]
     number = secrets.randbits(31) if seed is None else seed
-    work = drills.Work(streams=streams, new=new, before=before, damage=damage, after=after, seed=number)
+    work = drills.Work(
+        streams=streams,
+        new=new,
+        before=damage_kind.before_s if before is None else before,
+        damage=damage,
+        after=after,
+        seed=number,
+    )
     with stopping() as stop, reporting() as progress:
         if server is not None:
             if needs_cluster(damage_kind):
