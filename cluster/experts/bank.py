@@ -19,7 +19,15 @@ import torch
 from cluster.core import GroupId
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.crew import Crew
-from cluster.experts.formats import DenseExperts, LayerExperts, QuantisedExperts, Source, fits_half
+from cluster.experts.formats import (
+    Breathe,
+    DenseExperts,
+    LayerExperts,
+    QuantisedExperts,
+    Source,
+    fits_half,
+    no_pause,
+)
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
@@ -144,10 +152,10 @@ class ExpertBank:
         return self._reader.is_direct
 
     @torch.inference_mode()
-    def hold(self, layer: int, experts: Sequence[int]) -> int:
+    def hold(self, layer: int, experts: Sequence[int], breathe: Breathe = no_pause) -> int:
         """From now on the layer holds exactly these: new ones are read, and run once, before a call may name them.
         For one thread at a time, another than the one that computes; bytes that were read. Does nothing where they are
-        held already.
+        held already. ``breathe`` is called after each piece of the work.
 
         Raises:
             InvalidArgument: layer or experts do not exist.
@@ -178,7 +186,14 @@ class ExpertBank:
                 f"bytes of group {self.group}, which was started with all of its experts in memory"
             )
         slot_of_E[wanted] = np.arange(len(wanted))
-        fresh = {k: v.to(self.device) for k, v in self._reader.read(moe_layer, added).items()}
+        fresh = {
+            key: torch.empty((len(added), *p.shape[1:]), dtype=_stored_dtype(self.how))
+            for key, p in moe_layer.module.named_parameters()
+        }
+        for number, expert in enumerate(added):
+            self._reader.fill(moe_layer, expert, Target({key: tensor[number] for key, tensor in fresh.items()}))
+            breathe()
+        fresh = {key: tensor.to(self.device) for key, tensor in fresh.items()}
         if self.how.expert_dtype == "bf16" and not self.how.exact and not fits_half(fresh):
             raise ConfigError("expert_dtype: got 'bf16'; some weights exceed 65504, which its CPU kernel cannot hold")
         place = {expert: number for number, expert in enumerate(added)}
@@ -186,12 +201,13 @@ class ExpertBank:
             Source(False, place[expert]) if expert in place else Source(True, int(old.slot_of_E[expert]))
             for expert in wanted
         ]
-        new = _LayerBank(slot_of_E, old.experts.with_slots(fresh, sources), max(1, len(wanted)))
+        new = _LayerBank(slot_of_E, old.experts.with_slots(fresh, sources, breathe), max(1, len(wanted)))
         slots = [int(slot_of_E[expert]) for expert in added]
         if slots:
             rows_PH = torch.randn(len(slots), _hidden_size(moe_layer)).to(self.device, self.dtype)
             for row, slot in enumerate(slots):
                 new.experts.run(rows_PH[row : row + 1], [slot], [1])
+                breathe()
         self._layers[layer] = new  # a call that has begun finishes with the old ones
         return each * len(added)
 

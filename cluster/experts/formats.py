@@ -20,9 +20,15 @@ from cluster.weights.kernels import PACKED, PLAIN, KernelTable, can_pack, can_sp
 Product = Callable[[torch.Tensor, int, int], torch.Tensor]
 """(rows, 0 for the up-projection or 1 for the down-projection, slot) -> rows, without bias."""
 Packed = tuple[torch.Tensor, torch.Tensor]
+Breathe = Callable[[], None]
+"""Called between two pieces of work of a thread that others should hardly notice; it may wait."""
 CALL_S = 50e-6
 """What a product costs that is called from Python and not from inside a grouped one."""
 MAX_COST_ROWS, MAX_WIDE = 32, 8
+
+
+def no_pause() -> None:
+    """Nobody else is to be spared."""
 
 
 class Source(NamedTuple):
@@ -37,8 +43,11 @@ class LayerExperts(Protocol):
 
     num_bytes: int
 
-    def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> LayerExperts:
-        """The experts of another set of slots: each from a slot of these, or from the tensors ``fresh``."""
+    def with_slots(
+        self, fresh: dict[str, torch.Tensor], sources: Sequence[Source], breathe: Breathe = no_pause
+    ) -> LayerExperts:
+        """The experts of another set of slots: each from a slot of these, or from the tensors ``fresh``. ``breathe`` is
+        called after each piece of the work."""
         ...
 
     def order(self, counts_S: Any) -> Any:
@@ -72,6 +81,7 @@ class DenseExperts:
         table: KernelTable | None,
         packed: bool,
         known: Sequence[Packed | None] = (),
+        breathe: Breathe = no_pause,
     ) -> None:
         self._module, self._tensors, self._table, self._wants_packed = module, tensors, table, packed
         up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -88,19 +98,22 @@ class DenseExperts:
         if packed and table is not None and len(self._up) and can_pack(self._up[0]):
             self._few = table.plain_up_to(CALL_S)
             ready = list(known) or [None] * len(self._up)
-            self._packed = [
-                pair if pair is not None else (pack(self._plain(up)), pack(self._plain(down)))
-                for pair, (up, down) in zip(ready, self._pairs(), strict=True)
-            ]
+            for pair, (up, down) in zip(ready, self._pairs(), strict=True):
+                if pair is None:
+                    pair = pack(self._plain(up)), pack(self._plain(down))
+                    breathe()
+                self._packed.append(pair)
             self.num_bytes += self._up.nbytes + self._down.nbytes
         if table is not None:
             self._costs = np.array([self._seconds(table, rows) for rows in range(MAX_COST_ROWS + 1)])
 
-    def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> DenseExperts:
+    def with_slots(
+        self, fresh: dict[str, torch.Tensor], sources: Sequence[Source], breathe: Breathe = no_pause
+    ) -> DenseExperts:
         """See `LayerExperts`; packed copies that are there are used again."""
-        tensors = {name: _gathered(now, fresh[name], sources) for name, now in self._tensors.items()}
+        tensors = {name: _gathered(now, fresh[name], sources, breathe) for name, now in self._tensors.items()}
         known = [self._packed[source.place] if source.old and self._packed else None for source in sources]
-        return DenseExperts(self._module, tensors, self._table, self._wants_packed, known)
+        return DenseExperts(self._module, tensors, self._table, self._wants_packed, known, breathe)
 
     def _pairs(self) -> list[Packed]:
         return list(zip(self._up, self._down, strict=True))
@@ -209,14 +222,16 @@ class QuantisedExperts:
             self.num_bytes += 12 * len(ups) * sum(outputs) if len(ups) else 0
         self.num_bytes += sum(t.nbytes for t in (self._up_bias, self._down_bias) if t is not None)
 
-    def with_slots(self, fresh: dict[str, torch.Tensor], sources: Sequence[Source]) -> QuantisedExperts:
+    def with_slots(
+        self, fresh: dict[str, torch.Tensor], sources: Sequence[Source], breathe: Breathe = no_pause
+    ) -> QuantisedExperts:
         """See `LayerExperts`; what is quantised stays so."""
         other = QuantisedExperts(self._module, fresh, self._kind)
         merged = copy.copy(other)
         merged._weights = [(self if source.old else other)._weights[source.place] for source in sources]
         for name in ("_up_bias", "_down_bias"):
             if getattr(self, name) is not None:
-                setattr(merged, name, _gathered(getattr(self, name), getattr(other, name), sources))
+                setattr(merged, name, _gathered(getattr(self, name), getattr(other, name), sources, breathe))
         each = self.num_bytes // len(self._weights) if self._weights else 0
         merged.num_bytes = other.num_bytes + each * sum(source.old for source in sources)
         return merged
@@ -250,11 +265,12 @@ class QuantisedExperts:
         return result
 
 
-def _gathered(now: torch.Tensor, fresh: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
+def _gathered(now: torch.Tensor, fresh: torch.Tensor, sources: Sequence[Source], breathe: Breathe) -> torch.Tensor:
     """The slots of ``sources``, one after the other."""
     found = torch.empty((len(sources), *now.shape[1:]), dtype=now.dtype, device=now.device)
     for slot, source in enumerate(sources):
         found[slot].copy_((now if source.old else fresh)[source.place])
+        breathe()
     return found
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -34,6 +32,8 @@ from cluster.weights.kernels import SMALL_BYTES, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 
+LOADING_SHARE = 0.25
+"""Of the time, that experts are loaded while others are computed."""
 WARM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Rows of one expert that a group computes once before it is ready."""
 
@@ -110,7 +110,9 @@ class ExpertGroup:
         started.done("servers", time.monotonic())
         self._startup = started.seconds()
         # Started here, where memory policies of this process are set: threads inherit them.
-        self._holder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hold", initializer=_stand_back)
+        self._holder = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="hold", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._holder.submit(int).result()
         self._dropper: LinkDropper | None = None
         if config.faults.group == group and config.faults.drop_links_s > 0 and listen:
@@ -128,11 +130,11 @@ class ExpertGroup:
 
     def hold(self, layer: int, experts: Sequence[int]) -> Future[int]:
         """From now on a MoE layer holds exactly these logical experts. New ones are read, and run once, in a thread
-        that stands back behind the computing one, before calls may name them; bytes that were read."""
+        that takes its time, before calls may name them; bytes that were read."""
         return self._holder.submit(self._hold, layer, tuple(experts))
 
     def _hold(self, layer: int, experts: tuple[int, ...]) -> int:
-        num_bytes = self.bank.hold(layer, experts)
+        num_bytes = self.bank.hold(layer, experts, Breather(LOADING_SHARE))
         give_back_memory()
         return num_bytes
 
@@ -241,11 +243,20 @@ class ExpertGroup:
             self.telemetry.close()
 
 
-def _stand_back() -> None:
-    """The thread that loads experts while others compute gets what cores they leave."""
-    torch.set_num_threads(1)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+class Breather:
+    """Called after each piece of work of a thread, waits until that has worked for no more than ``share`` of the time.
+
+    A lower priority instead would not do: whoever has it may lose its core while it holds Python's lock, and then those
+    that compute wait for that.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._times = 1.0 / share - 1.0
+        self._since_s = time.perf_counter()
+
+    def __call__(self) -> None:
+        time.sleep(min(1.0, (time.perf_counter() - self._since_s) * self._times))
+        self._since_s = time.perf_counter()
 
 
 def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, threads: int, num_bytes: int) -> Compute:
