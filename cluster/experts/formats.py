@@ -98,9 +98,9 @@ class DenseExperts:
         if packed and table is not None and len(self._up) and can_pack(self._up[0]):
             self._few = table.plain_up_to(CALL_S)
             ready = list(known) or [None] * len(self._up)
-            for pair, (up, down) in zip(ready, self._pairs(), strict=True):
+            for pair, (first, second) in zip(ready, self._pairs(), strict=True):
                 if pair is None:
-                    pair = pack(self._plain(up)), pack(self._plain(down))
+                    pair = pack(self._plain(first)), pack(self._plain(second))
                     breathe()
                 self._packed.append(pair)
             self.num_bytes += self._up.nbytes + self._down.nbytes
