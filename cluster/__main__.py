@@ -126,6 +126,9 @@ bench_app.command(
     "trace-cost", epilog=_examples("expertmesh bench trace-cost", "expertmesh bench trace-cost --pairs 40 --json")
 )(bench_trace.trace_cost)
 bench_app.command(
+    "failover-cost", epilog=_examples("expertmesh bench failover-cost", "expertmesh bench failover-cost --json")
+)(bench_trace.failover_cost)
+bench_app.command(
     "serve",
     epilog=_examples(
         "expertmesh bench serve --rate 2 --duration 60",

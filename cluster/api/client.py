@@ -163,6 +163,12 @@ class Client:
         reply: control_pb2.SetTracingReply = self._unary("control", "SetTracing", control_pb2.SetTracingRequest(on=on))
         return reply.was_on
 
+    def set_fail_over(self, on: bool) -> bool:
+        """Switches fail-over and hedging of the router on or off; how it was before."""
+        request = control_pb2.SetFailOverRequest(on=on)
+        reply: control_pb2.SetFailOverReply = self._unary("control", "SetFailOver", request)
+        return reply.was_on
+
     def _unary(self, service: str, method: str, request: Any) -> Any:
         for tried in range(1, len(self._doors) + 1):
             stub = getattr(self._doors[self._at], service)

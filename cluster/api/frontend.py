@@ -43,6 +43,8 @@ class Served:
     keep_text: bool = False
     loads: Callable[[], control_pb2.LoadsReply] = control_pb2.LoadsReply
     control: PlacementControl | None = None
+    set_fail_over: Callable[[bool], bool] = bool
+    """On or off; how it was."""
 
 
 class PlacementControl(Protocol):
@@ -261,6 +263,10 @@ class Frontend:
             raise ConfigError("telemetry.traces: got off; the server was started without a place for traces")
         was_on, telemetry.tracing = telemetry.tracing, message.on
         return control_pb2.SetTracingReply(was_on=was_on)
+
+    def set_fail_over(self, message: control_pb2.SetFailOverRequest) -> control_pb2.SetFailOverReply:
+        """Switches fail-over and hedging."""
+        return control_pb2.SetFailOverReply(was_on=self._serving().set_fail_over(message.on))
 
     def loads(self) -> control_pb2.LoadsReply:
         """How often each expert was wanted."""

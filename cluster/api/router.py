@@ -141,7 +141,15 @@ class Router:
         )
         keep_text = config.telemetry.log_prompts
         self.served = Served(
-            self.engine, tokenizer, limits, info, self.status, self.telemetry, keep_text, self._expert_loads
+            self.engine,
+            tokenizer,
+            limits,
+            info,
+            self.status,
+            self.telemetry,
+            keep_text,
+            self._expert_loads,
+            set_fail_over=self._set_fail_over,
         )
         if binding is not None:
             binding.check()
@@ -163,6 +171,10 @@ class Router:
     def predict(self, on: bool) -> None:
         """Whether groups with a budget are told what they will probably be called for. Not while a step runs."""
         self._trunk.follow(self._prewarm if on else None)
+
+    def _set_fail_over(self, on: bool) -> bool:
+        was_on, self._caller.fail_over = self._caller.fail_over, on
+        return was_on
 
     def _connector(self) -> Connector:
         data_plane, kinds = self._config.data_plane, self._config.transports()
@@ -260,6 +272,7 @@ class Router:
                 hedged=caller.speeds.hedges,
                 hedges_won=caller.hedges_won,
                 suspects=self.fabric.suspects(),
+                fail_over=caller.fail_over,
             )
         )
         reply.loops.add(name="fabric", progress_age_s=self.fabric.progress_age_s())

@@ -156,6 +156,9 @@ class RouterShell:
     async def SetTracing(self, request: Any, grpc_context: Any) -> Any:
         return _call(grpc_context, control_pb2.SetTracingReply, lambda: self._frontend.set_tracing(request))
 
+    async def SetFailOver(self, request: Any, grpc_context: Any) -> Any:
+        return _call(grpc_context, control_pb2.SetFailOverReply, lambda: self._frontend.set_fail_over(request))
+
     async def Loads(self, request: Any, grpc_context: Any) -> Any:
         return _call(grpc_context, control_pb2.LoadsReply, self._frontend.loads)
 

@@ -65,6 +65,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def SetTracing(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         return await _answer(context, lambda: _now(lambda: self._frontend.set_tracing(request)))
 
+    async def SetFailOver(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _answer(context, lambda: _now(lambda: self._frontend.set_fail_over(request)))
+
     async def Loads(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         return await _answer(context, lambda: _now(self._frontend.loads))
 

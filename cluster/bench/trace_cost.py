@@ -1,7 +1,7 @@
-"""`expertmesh bench trace-cost`: throughput with every request traced, beside the same server with traces switched off.
+"""`expertmesh bench trace-cost` and `failover-cost`: throughput of one server with something switched on and off.
 
-Rounds of the same work take turns: off, all, and off once more as a control, in an order that turns as well, so that
-slow drifts of the machine meet all of them. The cost is the median over the triples.
+Rounds of the same work take turns: off, all (on), and off once more as a control, in an order that turns as well, so
+that slow drifts of the machine meet all of them. The cost is the median over the triples.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _RESAMPLES = 10_000
 ORDERS = tuple(itertools.permutations((OFF, ALL, CONTROL)))
 
 Progress = Callable[[str], None]
+Switch = Callable[[Client, bool], bool]
+"""Switches something on or off; how it was before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Streams:
             raise InternalError("the client process ended")
         told = json.loads(line)
         if told["failed"]:
-            raise InternalError(f"{told['failed']} requests failed while traces were measured")
+            raise InternalError(f"{told['failed']} requests failed while costs were measured")
         return float(told["tokens"] / told["seconds"])
 
 
@@ -86,12 +88,22 @@ def streams_to(address: str, work: Work, vocab_size: int) -> Iterator[Streams]:
         end(process)
 
 
-def measure(address: str, work: Work, progress: Progress) -> dict[str, Any]:
-    """The figures; leaves traces as they were."""
+def set_tracing(client: Client, on: bool) -> bool:
+    """The switch of `trace-cost`."""
+    return client.set_tracing(on)
+
+
+def set_fail_over(client: Client, on: bool) -> bool:
+    """The switch of `failover-cost`."""
+    return client.set_fail_over(on)
+
+
+def measure(address: str, work: Work, progress: Progress, switch: Switch = set_tracing) -> dict[str, Any]:
+    """The figures; leaves the switch as it was."""
     speeds: dict[str, list[float]] = {OFF: [], ALL: [], CONTROL: []}
     with Client(address) as client:
         vocab_size = client.model_info().vocab_size
-        was_on = client.set_tracing(False)
+        was_on = switch(client, False)
         try:
             with streams_to(address, work, vocab_size) as streams:
                 progress("warming up")
@@ -99,14 +111,19 @@ def measure(address: str, work: Work, progress: Progress) -> dict[str, Any]:
                 streams.round()
                 for number in range(work.pairs):
                     for kind in ORDERS[number % len(ORDERS)]:
-                        client.set_tracing(kind == ALL)
+                        switch(client, kind == ALL)
                         speeds[kind].append(streams.round())
                     if number % 5 == 4:
                         progress(f"{number + 1} of {work.pairs} pairs: {cost_of(speeds[OFF], speeds[ALL])[0]:+.2f} %")
         finally:
-            client.set_tracing(was_on)
-        telemetry = client.status().telemetry
-    return {**figures(speeds), "spans_dropped": telemetry.spans_dropped, "traces": list(telemetry.traces)}
+            switch(client, was_on)
+        status = client.status()
+    return {
+        **figures(speeds),
+        "spans_dropped": status.telemetry.spans_dropped,
+        "traces": list(status.telemetry.traces),
+        "hedged": status.dispatch.hedged,
+    }
 
 
 def figures(speeds: dict[str, list[float]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import ray
 from ray import serve
@@ -40,28 +41,25 @@ def next_epoch() -> int:
     return epoch
 
 
-def ask_group(group: GroupId) -> GroupInfo:
-    """One group's info through its Serve handle.
+def ask_group(epoch: int, group: GroupId) -> GroupInfo:
+    """One group's info through its Serve handle; ``epoch`` is the coordinator's.
 
     Raises:
-        Unavailable: it did not answer in time.
+        Unavailable: it did not answer in time, or listens to a newer coordinator.
     """
     try:
-        info: GroupInfo = serve.get_app_handle(group_app(group)).info.remote().result(timeout_s=ASK_TIMEOUT_S)
+        info: GroupInfo = serve.get_app_handle(group_app(group)).info.remote(epoch).result(timeout_s=ASK_TIMEOUT_S)
     except (RayError, TimeoutError, serve.exceptions.RayServeException) as exc:
         raise Unavailable(f"group {group} does not answer: {type(exc).__name__}") from exc
     return info
 
 
-def tell_group(group: GroupId, layer: int, experts: Sequence[int]) -> int:
-    """Lets a group hold exactly these experts of a layer; bytes that it read.
-
-    Raises:
-        ExpertMeshError: it cannot, or does not answer.
-    """
+def tell_group(epoch: int, group: GroupId, layer: int, experts: Sequence[int]) -> int:
+    """Lets a group hold exactly these experts of a layer; bytes that it read. Raises as `ask_group`, or where the group
+    cannot."""
     try:
         handle = serve.get_app_handle(group_app(group))
-        read: int = handle.hold.remote(layer, tuple(experts)).result(timeout_s=HOLD_TIMEOUT_S)
+        read: int = handle.hold.remote(layer, tuple(experts), epoch).result(timeout_s=HOLD_TIMEOUT_S)
     except ExpertMeshError as exc:  # Ray's errors of tasks are of their cause's class too
         raise Unavailable(f"group {group} cannot hold {len(experts)} experts of layer {layer}: {_last(exc)}") from exc
     except (RayError, TimeoutError, serve.exceptions.RayServeException) as exc:
@@ -123,9 +121,10 @@ class CoordinatorShell:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
         self._window_s = config.placement.window_s
         plan = kept_plan(len(experts_per_layer))  # of a coordinator before this one
-        self._coordinator = Coordinator(experts_per_layer, sorted(plan or groups), ask_group, next_epoch())
+        epoch = next_epoch()
+        self._coordinator = Coordinator(experts_per_layer, sorted(plan or groups), partial(ask_group, epoch), epoch)
         self._routers = Routers(experts_per_layer, self._window_s)
-        self._changes = Changes(self._coordinator, self._routers, tell_group, fleet, config.placement)
+        self._changes = Changes(self._coordinator, self._routers, partial(tell_group, epoch), fleet, config.placement)
         self._changes.adopt(plan or {})
         self._coordinator.start(config.start_timeout_s)
         self._changes.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 
 from cluster.config import Config
 from cluster.core import GroupId, GroupInfo, LayerCall, Order, StoreFacts
+from cluster.errors import Unavailable
 from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.faults import LinkDropper, with_faults
 from cluster.experts.host import ExpertHost, InlineHost
@@ -109,6 +111,7 @@ class ExpertGroup:
             self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers)
         started.done("servers", time.monotonic())
         self._startup = started.seconds()
+        self._epoch, self._epoch_lock = 0, threading.Lock()
         # Started here, where memory policies of this process are set: threads inherit them.
         self._holder = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="hold", initializer=torch.set_num_threads, initargs=(1,)
@@ -127,6 +130,19 @@ class ExpertGroup:
     def _order(self, order: Order) -> None:
         if self.bank.store is not None:
             self.bank.store.order(order)
+
+    def told_by(self, epoch: int) -> None:
+        """A coordinator of this epoch speaks; those before it are not listened to any more.
+
+        Raises:
+            Unavailable: there has been a newer one.
+        """
+        with self._epoch_lock:
+            if epoch < self._epoch:
+                raise Unavailable(
+                    f"coordinator {epoch} is over: group {self.group} has heard of coordinator {self._epoch}"
+                )
+            self._epoch = epoch
 
     def hold(self, layer: int, experts: Sequence[int]) -> Future[int]:
         """From now on a MoE layer holds exactly these logical experts. New ones are read, and run once, in a thread

@@ -31,12 +31,14 @@ class ExpertsShell:
         holdings = (kept_plan(len(holdings)) or {}).get(group, holdings)
         self._group = ExpertGroup(group, holdings, config, threads, host_address=host_address, binding=binding)
 
-    def info(self) -> GroupInfo:
-        """See `ExpertGroup`."""
+    def info(self, epoch: int) -> GroupInfo:
+        """See `ExpertGroup`; ``epoch`` is the coordinator's that asks."""
+        self._group.told_by(epoch)
         return self._group.info()
 
-    async def hold(self, layer: int, experts: Sequence[int]) -> int:
+    async def hold(self, layer: int, experts: Sequence[int], epoch: int) -> int:
         """See `ExpertGroup`. Returns when it is done; `info` answers meanwhile."""
+        self._group.told_by(epoch)
         return await asyncio.wrap_future(self._group.hold(layer, experts))
 
     def drop_links(self) -> None:

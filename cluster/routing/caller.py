@@ -64,7 +64,8 @@ class Caller:
         policy: str = WAIT,
         fail_over: bool = True,
     ) -> None:
-        self._policy, self._fail_over = policy, fail_over
+        self._policy = policy
+        self.fail_over = fail_over
         self._fabric, self._clock, self._sleep = fabric, clock, sleep
         self.call_timeout_s, self._group_wait_s = call_timeout_s, group_wait_s
         self._call_ids = itertools.count(1)
@@ -74,7 +75,7 @@ class Caller:
     @property
     def watches(self) -> bool:
         """Calls have other copies to go to, and how long they take is of interest."""
-        return self._fail_over and self._fabric.has_copies
+        return self.fail_over and self._fabric.has_copies
 
     def owners(self, layer: int, experts_P: Ints, decode: bool) -> Ints:
         """Whom to ask for each expert."""

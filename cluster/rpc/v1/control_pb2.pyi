@@ -426,6 +426,46 @@ class SetTracingReply(_message.Message):
 Global___SetTracingReply: _TypeAlias = SetTracingReply  # noqa: Y015
 
 @_typing.final
+class SetFailOverRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ON_FIELD_NUMBER: _builtins.int
+    on: _builtins.bool
+    """Calls go to other copies."""
+    def __init__(
+        self,
+        *,
+        on: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on", b"on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetFailOverRequest: _TypeAlias = SetFailOverRequest  # noqa: Y015
+
+@_typing.final
+class SetFailOverReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_ON_FIELD_NUMBER: _builtins.int
+    was_on: _builtins.bool
+    """How it was before."""
+    def __init__(
+        self,
+        *,
+        was_on: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_on", b"was_on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetFailOverReply: _TypeAlias = SetFailOverReply  # noqa: Y015
+
+@_typing.final
 class TelemetryStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -781,6 +821,7 @@ class DispatchStatus(_message.Message):
     HEDGED_FIELD_NUMBER: _builtins.int
     HEDGES_WON_FIELD_NUMBER: _builtins.int
     SUSPECTS_FIELD_NUMBER: _builtins.int
+    FAIL_OVER_FIELD_NUMBER: _builtins.int
     calls: _builtins.int
     """Layer calls sent since the start; of them sent again after a failure, and sent to a second copy before the first one
     had answered (and how often that answered first).
@@ -788,6 +829,8 @@ class DispatchStatus(_message.Message):
     resent: _builtins.int
     hedged: _builtins.int
     hedges_won: _builtins.int
+    fail_over: _builtins.bool
+    """Calls that fail, hang or take long go to other copies."""
     @_builtins.property
     def suspects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Groups that did not answer lately: others are asked while they hold the same experts."""
@@ -800,10 +843,11 @@ class DispatchStatus(_message.Message):
         hedged: _builtins.int = ...,
         hedges_won: _builtins.int = ...,
         suspects: _abc.Iterable[_builtins.int] | None = ...,
+        fail_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "hedged", b"hedged", "hedges_won", b"hedges_won", "resent", b"resent", "suspects", b"suspects"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "fail_over", b"fail_over", "hedged", b"hedged", "hedges_won", b"hedges_won", "resent", b"resent", "suspects", b"suspects"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

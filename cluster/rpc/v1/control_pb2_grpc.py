@@ -44,6 +44,11 @@ class ControlStub:
                 request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.FromString,
                 _registered_method=True)
+        self.SetFailOver = channel.unary_unary(
+                '/cluster.rpc.v1.Control/SetFailOver',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetFailOverRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetFailOverReply.FromString,
+                _registered_method=True)
         self.Loads = channel.unary_unary(
                 '/cluster.rpc.v1.Control/Loads',
                 request_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.LoadsRequest.SerializeToString,
@@ -73,6 +78,13 @@ class ControlServicer:
 
     def SetTracing(self, request, context):
         """Switches traces on or off while the router runs; where they go is set at its start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetFailOver(self, request, context):
+        """Switches on or off that calls which fail, hang or take long go to other copies (`data_plane.fail_over`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +124,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SetTracing,
                     request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.SerializeToString,
+            ),
+            'SetFailOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFailOver,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetFailOverRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_control__pb2.SetFailOverReply.SerializeToString,
             ),
             'Loads': grpc.unary_unary_rpc_method_handler(
                     servicer.Loads,
@@ -183,6 +200,33 @@ class Control:
             '/cluster.rpc.v1.Control/SetTracing',
             cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingRequest.SerializeToString,
             cluster_dot_rpc_dot_v1_dot_control__pb2.SetTracingReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFailOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.rpc.v1.Control/SetFailOver',
+            cluster_dot_rpc_dot_v1_dot_control__pb2.SetFailOverRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_control__pb2.SetFailOverReply.FromString,
             options,
             channel_credentials,
             insecure,
