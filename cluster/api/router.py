@@ -309,6 +309,7 @@ class Router:
             host=facts.host,
             pid=facts.pid,
             live=self.engine.num_live(),
+            stepping_s=sum(self.engine.spent().values()),
             activations_LE=activations_LE,
             prefill_LE=prefill_LE,
             gaps=self.engine.gaps.counts(),

@@ -249,11 +249,11 @@ class Changes:
         busy_s = {(g, infos[g].incarnation): infos[g].busy_s for g in active if g in infos}
         if len(busy_s) < len(active):
             return False  # one is missing: that is not the time
-        wanted = self.autoscaler.look(now_s, busy_s)
+        stepping_s = {report.router: report.stepping_s for report in self._routers.reports()}
+        wanted = self.autoscaler.look(now_s, busy_s, stepping_s)
         if wanted == len(active):
             return False
-        share = self.autoscaler.share
-        self.scale(wanted, "autoscale" if share is None else f"autoscale: groups compute {share:.0%} of the time")
+        self.scale(wanted, f"autoscale ({self.autoscaler.why})")
         return True
 
     def _balance_by_load(self) -> None:

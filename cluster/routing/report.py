@@ -10,7 +10,7 @@ from typing import Any
 class RouterReport:
     """``router`` is new for each process. ``table`` is the order of the table in use: (epoch, version); copies that it
     names must stay. ``activations_LE`` and ``prefill_LE`` are `cluster.routing.loads.ExpertLoads` since its start, sent
-    now and then; ``gaps`` are `cluster.telemetry.gaps.GapCounts`."""
+    now and then; ``stepping_s`` are seconds of steps; ``gaps`` are `cluster.telemetry.gaps.GapCounts`."""
 
     router: str
     table: tuple[int, int]
@@ -18,6 +18,7 @@ class RouterReport:
     host: str = ""
     pid: int = 0
     live: int = 0
+    stepping_s: float = 0.0
     draining: bool = False
     activations_LE: Any = None
     prefill_LE: Any = None

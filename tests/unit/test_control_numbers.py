@@ -122,30 +122,44 @@ def test_gaps_of_a_router_that_is_new_count_from_its_first_report() -> None:
     assert routers.gaps().sum() == 0  # type: ignore[union-attr]
 
 
-def looks(scaler: Autoscaler, shares: list[float], groups: int) -> list[int]:
-    found, busy, now_s = [], dict.fromkeys(range(groups), 0.0), 0.0
-    for share in [0.0, *shares]:
-        now_s += 10
-        busy = {group: seconds + 10 * share for group, seconds in busy.items()}
-        found.append(scaler.look(now_s, {(group, "x"): seconds for group, seconds in busy.items()}))
+def looks(scaler: Autoscaler, shares: list[tuple[float, float]], groups: int) -> list[int]:
+    """``shares``: of time that groups compute, and that the router steps, between two looks."""
+    found, busy_s, stepping_s, now_s = [], 0.0, 0.0, 0.0
+    for busy, stepping in [(0.0, 0.0), *shares]:
+        now_s, busy_s, stepping_s = now_s + 10, busy_s + 10 * busy, stepping_s + 10 * stepping
+        found.append(scaler.look(now_s, dict.fromkeys(range(groups), busy_s), {"r": stepping_s}))
     return found[1:]
 
 
-def test_groups_are_added_when_they_are_busy_for_a_while_and_go_when_idle() -> None:
-    assert looks(Autoscaler(1, 4), [0.9] * TIMES, 2) == [2] * (TIMES - 1) + [3]
-    assert looks(Autoscaler(1, 4), [0.9, 0.5, 0.9, 0.9], 2) == [2] * 4, "one look below starts anew"
-    assert looks(Autoscaler(1, 4), [0.1] * TIMES, 2) == [2] * (TIMES - 1) + [1]
-    assert looks(Autoscaler(2, 4), [0.1] * 5, 2) == [2] * 5
-    assert looks(Autoscaler(1, 2), [0.9] * 5, 2) == [2] * 5
-    assert looks(Autoscaler(3, 4), [0.1], 2) == [3], "bounds hold at once"
-    assert looks(Autoscaler(1, 1), [0.9], 2) == [1]
+SATURATED, BUSY_GROUPS, TRUNK_BOUND, HALF, IDLE = (0.3, 1.0), (0.9, 0.5), (0.1, 1.0), (0.2, 0.6), (0.02, 0.1)
 
 
-def test_a_group_that_was_restarted_is_no_reason_to_scale() -> None:
+@pytest.mark.parametrize("load", [SATURATED, BUSY_GROUPS])
+def test_groups_are_added_where_they_would_help(load: tuple[float, float]) -> None:
+    assert looks(Autoscaler(1, 4), [load] * TIMES, 2) == [2] * (TIMES - 1) + [3]
+    assert looks(Autoscaler(1, 4), [load, HALF, load, load], 2) == [2] * 4, "one look below starts anew"
+    assert looks(Autoscaler(1, 2), [load] * 5, 2) == [2] * 5, "not more than allowed"
+
+
+@pytest.mark.parametrize("load", [TRUNK_BOUND, HALF])
+def test_groups_stay_where_another_one_would_not_help_nor_one_less(load: tuple[float, float]) -> None:
+    assert looks(Autoscaler(1, 4), [load] * 6, 2) == [2] * 6
+
+
+def test_groups_go_when_it_is_quiet() -> None:
+    assert looks(Autoscaler(1, 4), [IDLE] * TIMES, 2) == [2] * (TIMES - 1) + [1]
+    assert looks(Autoscaler(2, 4), [IDLE] * 5, 2) == [2] * 5, "not fewer than allowed"
+    assert looks(Autoscaler(3, 4), [IDLE], 2) == [3], "bounds hold at once"
+    assert looks(Autoscaler(1, 1), [SATURATED], 2) == [1]
+
+
+def test_a_process_that_was_restarted_is_no_reason_to_scale() -> None:
     scaler = Autoscaler(1, 4)
-    scaler.look(0, {(0, "a"): 50.0})
-    for number in range(1, 6):
-        assert scaler.look(10.0 * number, {(0, f"a{number}"): 0.0}) == 1
+    for number in range(6):
+        assert scaler.look(10.0 * number, {f"a{number}": 0.0}, {"r": 10.0 * number}) == 1
+    for number in range(6, 12):
+        assert scaler.look(10.0 * number, {"a": 9.0 * number}, {f"r{number}": 0.0}) == 1
+    assert scaler.look(200.0, {"a": 999.0}, {}) == 1, "no router was heard of"
 
 
 def some_loads(layers: int, experts: int) -> Any:
