@@ -29,6 +29,7 @@ def placement_reply(view: Any) -> control_pb2.PlacementReply:
         balance=view.balance,
         autoscale_min=view.autoscale[0],
         autoscale_max=view.autoscale[1],
+        autoscale_why=view.autoscale_why,
         drained=view.drained,
         windows=view.windows,
         window_s=view.window_s,

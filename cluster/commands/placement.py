@@ -116,7 +116,8 @@ def show_placement(reply: control_pb2.PlacementReply, as_json: bool) -> None:
     for router in reply.routers:
         drains = ", drains" if router.draining else ""
         stdout.print(f"router {router.address}: pid {router.pid} on {router.host}, {router.live} requests{drains}")
-    scaling = f"{reply.autoscale_min} to {reply.autoscale_max} groups" if reply.autoscale_max else "off"
+    why = f" ({reply.autoscale_why})" if reply.autoscale_why else ""
+    scaling = f"{reply.autoscale_min} to {reply.autoscale_max} groups{why}" if reply.autoscale_max else "off"
     now = f"{reply.balance_now:.2f}" if reply.HasField("balance_now") else "not known yet"
     drained = f"; drained groups: {', '.join(map(str, reply.drained))}" if reply.drained else ""
     stdout.print(

@@ -94,6 +94,7 @@ _TEXT_KEYS = frozenset(
         "kind",
         "state",
         "problem",
+        "autoscale_why",
     }
 )
 

@@ -1,13 +1,14 @@
 """Whether one more group would help, or one can go. Pure.
 
-A group computes only while some router runs a step and waits for it, so a lone router never keeps groups busy for all of
-the time. What says that more groups would help is: routers run steps nearly all the time, and groups take a good part of
-that; or groups compute nearly all the time, as with many routers.
+A group computes only while some router runs a step and waits for it, so a lone router never keeps groups busy for all
+of the time. What says that more groups would help is: routers run steps nearly all the time, and groups take a good
+part of that; or groups compute nearly all the time, as with many routers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 STEPPING, PART = 0.85, 0.2
 """Share of time that routers run steps, and share of that time that groups compute, from which on a group is added;"""
@@ -30,7 +31,7 @@ class Autoscaler:
         self.why = ""
         """What the last advice rests on."""
 
-    def look(self, now_s: float, busy_s: Mapping[Hashable, float], stepping_s: Mapping[Hashable, float]) -> int:
+    def look(self, now_s: float, busy_s: Mapping[Any, float], stepping_s: Mapping[Any, float]) -> int:
         """The number of groups that there should be: one more, one less or as many as ``busy_s`` has. Both are seconds
         since each process's start, ``busy_s`` by group and ``stepping_s`` by router; keys are new for new processes."""
         count = max(1, len(busy_s))
@@ -61,9 +62,9 @@ class _Shares:
 
     def __init__(self) -> None:
         self._at_s: float | None = None
-        self._before: dict[Hashable, float] = {}
+        self._before: dict[Any, float] = {}
 
-    def since(self, now_s: float, seconds: Mapping[Hashable, float]) -> float | None:
+    def since(self, now_s: float, seconds: Mapping[Any, float]) -> float | None:
         """None where a counter is new, or there is none."""
         before, self._before = self._before, dict(seconds)
         since_s, self._at_s = self._at_s, now_s

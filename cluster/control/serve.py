@@ -109,6 +109,7 @@ class PlacementView:
     windows: int
     window_s: float
     progress_age_s: float
+    autoscale_why: str = ""
     groups: list[GroupId] = field(default_factory=list)
 
 
@@ -170,6 +171,7 @@ class CoordinatorShell:
             len(windows),
             self._window_s,
             self._changes.progress_age_s(),
+            scaler.why if scaler is not None else "",
             self._coordinator.groups(),
         )
 

@@ -247,6 +247,7 @@ class PlacementReply(_message.Message):
     BALANCE_FIELD_NUMBER: _builtins.int
     AUTOSCALE_MIN_FIELD_NUMBER: _builtins.int
     AUTOSCALE_MAX_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_WHY_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     BALANCE_NOW_FIELD_NUMBER: _builtins.int
     WINDOWS_FIELD_NUMBER: _builtins.int
@@ -256,6 +257,8 @@ class PlacementReply(_message.Message):
     """Experts are placed anew by load. And the bounds between which groups are added and removed by load; 0 where never."""
     autoscale_min: _builtins.int
     autoscale_max: _builtins.int
+    autoscale_why: _builtins.str
+    """How busy routers and groups were when that was last looked at."""
     balance_now: _builtins.float
     """Mean over maximum of the groups' loads in the newest load windows; unset before there is one."""
     windows: _builtins.int
@@ -281,6 +284,7 @@ class PlacementReply(_message.Message):
         balance: _builtins.bool = ...,
         autoscale_min: _builtins.int = ...,
         autoscale_max: _builtins.int = ...,
+        autoscale_why: _builtins.str = ...,
         drained: _abc.Iterable[_builtins.int] | None = ...,
         balance_now: _builtins.float | None = ...,
         windows: _builtins.int = ...,
@@ -289,7 +293,7 @@ class PlacementReply(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now", "balance_now", b"balance_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now", "autoscale_max", b"autoscale_max", "autoscale_min", b"autoscale_min", "balance", b"balance", "balance_now", b"balance_now", "drained", b"drained", "progress_age_s", b"progress_age_s", "receipts", b"receipts", "routers", b"routers", "window_s", b"window_s", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now", "autoscale_max", b"autoscale_max", "autoscale_min", b"autoscale_min", "autoscale_why", b"autoscale_why", "balance", b"balance", "balance_now", b"balance_now", "drained", b"drained", "progress_age_s", b"progress_age_s", "receipts", b"receipts", "routers", b"routers", "window_s", b"window_s", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__balance_now: _TypeAlias = _typing.Literal["balance_now"]  # noqa: Y015
     _WhichOneofArgType__balance_now: _TypeAlias = _typing.Literal["_balance_now", b"_balance_now"]  # noqa: Y015
