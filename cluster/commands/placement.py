@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from cluster.commands.common import DEFAULT_SERVER, Json, Server, emit, reporting, stdout
 from cluster.errors import ExpertMeshError, InvalidArgument, Unavailable
@@ -127,22 +126,20 @@ def show_placement(reply: control_pb2.PlacementReply, as_json: bool) -> None:
 
 
 def _show(receipts: list[control_pb2.PlacementReceipt]) -> None:
-    table = Table("change", "why", "state", "took", "copies", "bytes", "balance", "gap p99, ms")
+    """Two lines each; a table would be too wide."""
     for receipt in receipts:
         balances = [_value(receipt, f"balance_{name}", ".2f") for name in ("before", "predicted", "measured")]
         gaps = [_value(receipt, f"gap_p99_ms_{name}", ".0f") for name in ("before", "during", "after")]
-        table.add_row(
-            f"{receipt.number} {receipt.kind}",
-            receipt.why,
-            f"{receipt.state}: {receipt.problem}" if receipt.problem else receipt.state,
-            f"{receipt.duration_s:.1f} s",
-            f"+{receipt.copies_loaded} -{receipt.copies_dropped}",
-            f"{receipt.bytes_loaded:,}",
-            " > ".join(balances),
-            " > ".join(gaps),
+        took = f", {receipt.duration_s:.1f} s" if receipt.duration_s else ""
+        problem = f": {receipt.problem}" if receipt.problem else ""
+        stdout.print(f"{receipt.number} {receipt.kind}, {receipt.why}: {receipt.state}{took}{problem}", markup=False)
+        stdout.print(
+            f"  copies +{receipt.copies_loaded} -{receipt.copies_dropped}, {receipt.bytes_loaded:,} bytes; balance "
+            f"before, planned, after: {', '.join(balances)}; gap p99 before, during, after: {', '.join(gaps)} ms",
+            markup=False,
         )
-    stdout.print(table)
-    stdout.print("balance: before > planned > measured after; gaps between tokens: before > during > after")
+    if not receipts:
+        stdout.print("no change of the placement so far")
 
 
 def _value(receipt: control_pb2.PlacementReceipt, name: str, form: str) -> str:
