@@ -105,6 +105,8 @@ class Config:
         _at_least("routers", self.routers, 1)
         if self.routers > 1 and (self.groups == 0 or "inproc" in self.transports()):
             raise ConfigError(f"routers: got {self.routers}; groups in the router's own process have one router")
+        if self.placement.moves and (self.groups == 0 or "inproc" in self.transports()):
+            raise ConfigError("placement: groups in the router's own process cannot change while it serves")
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)

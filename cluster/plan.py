@@ -56,6 +56,13 @@ def make_plan(config: Config) -> Plan:
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))
     experts_per_layer = tuple(layer.num_experts for layer in weights.skeleton.moe_layers)
+    span = config.placement.group_range()
+    most = min(experts_per_layer)
+    if span is not None and span[1] > most:
+        raise ConfigError(
+            f"placement.autoscale: got {config.placement.autoscale!r}; must be at most {most} groups: each must hold an "
+            "expert of each layer"
+        )
     holdings = _holdings(config, experts_per_layer)
     return _with_sizes(Plan(config, experts_per_layer, holdings, ()), weights, dtype)
 

@@ -148,3 +148,8 @@ class PlacementConfig:
         if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
             raise ConfigError(f"placement.autoscale: got {self.autoscale!r}; must be MIN:MAX groups, such as 2:4")
         return int(least), int(most)
+
+    @property
+    def moves(self) -> bool:
+        """Placement changes by itself."""
+        return self.balance or bool(self.autoscale)

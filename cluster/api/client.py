@@ -24,6 +24,15 @@ class Refused(ExpertMeshError):
     code = "INVALID_ARGUMENT"
 
 
+def _can_go_on(error: grpc.RpcError, begun: bool) -> bool:
+    """Another router, or the same one later, may go on with the stream."""
+    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return begun  # where all streams of a dead router meet
+    if error.code() == grpc.StatusCode.INTERNAL:  # Serve's ingress, when a router's process dies
+        return any(name in (error.details() or "") for name in ("ActorDied", "RayActorError", "ActorUnavailable"))
+    return bool(error.code() == grpc.StatusCode.UNAVAILABLE)
+
+
 class _Door:
     """A channel to one router."""
 
@@ -109,15 +118,19 @@ class Client:
             call = self._doors[at].inference.Generate(stream.next_request(), timeout=left_s, metadata=metadata)
             try:
                 for chunk in call:
-                    if chunk.tokens and stream.breaks and tried:
+                    if not (chunk.tokens or chunk.text or chunk.finish_reason):
+                        continue  # Serve's ingress sends one before each error
+                    if tried:
                         self.resumed += bool(stream.received)
-                    tried = 0
+                        tried = 0
                     stream.got(chunk)
                     yield chunk
+                    if chunk.finish_reason:
+                        return  # whatever comes of the rest of the call
                 return
             except grpc.RpcError as exc:
                 tried += 1
-                if exc.code() != grpc.StatusCode.UNAVAILABLE or not self._resume_s:
+                if not self._resume_s or not _can_go_on(exc, begun=bool(stream.received)):
                     raise
                 pause_s = stream.broke(tried_all=tried >= len(self._doors))
                 if pause_s is None:
@@ -151,7 +164,7 @@ class Client:
     def change_placement(self, **change: Any) -> int:
         """Asks for one change (a field of ``ChangePlacementRequest``); the number of its receipt, 0 without one."""
         request = control_pb2.ChangePlacementRequest(**change)
-        return int(self._unary("control", "ChangePlacement", request).receipt)
+        return int(self._unary("control", "ChangePlacement", request, doors=1).receipt)
 
     def placement(self) -> control_pb2.PlacementReply:
         """Changes of the placement, routers, and how placement is looked after."""
@@ -169,13 +182,15 @@ class Client:
         reply: control_pb2.SetFailOverReply = self._unary("control", "SetFailOver", request)
         return reply.was_on
 
-    def _unary(self, service: str, method: str, request: Any) -> Any:
-        for tried in range(1, len(self._doors) + 1):
+    def _unary(self, service: str, method: str, request: Any, doors: int = 0) -> Any:
+        """Asks so many routers at most, one after the other (0: all), until one answers."""
+        most = doors or len(self._doors)
+        for tried in range(1, most + 1):
             stub = getattr(self._doors[self._at], service)
             try:
                 return getattr(stub, method)(request, timeout=min(self._timeout_s, 30.0))
             except grpc.RpcError as exc:
-                if exc.code() != grpc.StatusCode.UNAVAILABLE or tried == len(self._doors):
+                if exc.code() != grpc.StatusCode.UNAVAILABLE or tried == most:
                     raise self._typed(exc) from exc
                 self._at = (self._at + 1) % len(self._doors)
         raise AssertionError("unreachable")

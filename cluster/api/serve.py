@@ -217,13 +217,15 @@ def _answer(ask: Callable[[], Any]) -> Any:
         Unavailable: there is none.
         ExpertMeshError: what it says.
     """
+    response = ask()
     try:
-        return ask().result(timeout_s=FETCH_TIMEOUT_S)
+        return response.result(timeout_s=FETCH_TIMEOUT_S)
     except RayTaskError as exc:
         if isinstance(exc.cause, ExpertMeshError):
             raise exc.cause from None
         raise Unavailable(f"the coordinator failed: {type(exc.cause).__name__}") from exc
     except (RayError, RayServeException, TimeoutError) as exc:
+        response.cancel()  # or it might be carried out later, when nobody expects it any more
         raise Unavailable(f"the coordinator does not answer: {type(exc).__name__}") from exc
 
 

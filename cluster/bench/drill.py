@@ -7,6 +7,7 @@ does nothing else meanwhile.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -117,6 +118,7 @@ class _Targets:
 
     def __init__(self, system: System, client: Client, group: int) -> None:
         self._system, self._client, self._number = system, client, group
+        self._known: set[int] = set()
         self.span: tuple[float, float] | None = None
         """When a change of the placement was carried out."""
 
@@ -145,8 +147,13 @@ class _Targets:
         self.span = begun_s, time.monotonic()
 
     def balance(self) -> None:
+        self._known = {receipt.number for receipt in self._client.placement().receipts}
+        was_on = self._client.placement().balance
         self._client.change_placement(balance=True)
-        self._wait_for_change(None)
+        try:
+            self._wait_for_change(None)
+        finally:
+            self._client.change_placement(balance=was_on)
 
     def _wait_for_change(self, number: int | None) -> None:
         """Until it has been carried out; the first rebalance where no number is given.
@@ -157,7 +164,9 @@ class _Targets:
         until_s = time.monotonic() + _CHANGE_S
         while time.monotonic() < until_s:
             for receipt in self._client.placement().receipts:
-                if receipt.number != number and (number is not None or receipt.kind != "rebalance"):
+                if number is not None and receipt.number != number:
+                    continue
+                if number is None and (receipt.kind != "rebalance" or receipt.number in self._known):
                     continue
                 if receipt.state in ("watching", "done", "rolled back"):
                     begun_s = time.monotonic() - (time.time() - receipt.began_unix_s)
@@ -195,8 +204,9 @@ def skewed_plan(addresses: Sequence[str], work: Work, groups: int, progress: Pro
     plan = []
     for loads in layers:
         hottest = sorted(range(len(loads)), key=lambda expert: -loads[expert])
-        each = -(-len(loads) // groups)
-        held = [hottest[group * each : (group + 1) * each] for group in range(groups)]
+        cuts = [len(loads) * group // groups for group in range(groups + 1)]
+        held = [hottest[first:last] for first, last in itertools.pairwise(cuts)]
+        each = max(len(experts) for experts in held)
         plan.append([expert for experts in held for expert in (experts * each)[:each]])
     return plan
 

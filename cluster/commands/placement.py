@@ -18,7 +18,7 @@ Timeout = Annotated[float, typer.Option(help="Seconds to wait for the change; it
 
 
 def scale(
-    groups: Annotated[int, typer.Option(help="Groups that shall take calls.")],
+    groups: Annotated[int, typer.Option(help="Groups that shall take calls.", min=1)],
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 600.0,
     as_json: Json = False,
@@ -28,7 +28,7 @@ def scale(
 
 
 def drain(
-    group: Annotated[int, typer.Argument(help="Group.")],
+    group: Annotated[int, typer.Argument(help="Group.", min=0)],
     back: Annotated[bool, typer.Option("--back", help="The drained group takes calls again.")] = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 600.0,

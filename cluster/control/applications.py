@@ -30,6 +30,12 @@ def applications() -> list[str]:
     return sorted(name for name in serve.status().applications if name == APP or name.startswith(GROUP_APP_PREFIX))
 
 
+def group_applications() -> list[GroupId]:
+    """Groups whose applications are there, running or not."""
+    numbers = (name.removeprefix(GROUP_APP_PREFIX) for name in applications() if name != APP)
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
 def run_applications(targets: Sequence[serve.RunTarget]) -> None:
     """Runs applications and waits; a failed constructor becomes the error that it raised."""
     try:

@@ -12,26 +12,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from cluster.control.autoscale import Autoscaler
 from cluster.control.coordinator import Coordinator
+from cluster.control.executor import DRAIN, REFILL, RETURN, SCALE, Closed, Executor, Fleet, Task
 from cluster.control.mover import Hold, Moved, Mover
-from cluster.control.receipts import DONE, FAILED, FINAL, NOTHING, ROLLED_BACK, RUNNING, WATCHING, Receipt, Receipts
+from cluster.control.receipts import DONE, FAILED, FINAL, ROLLED_BACK, RUNNING, WATCHING, Receipt, Receipts
 from cluster.control.routers import Routers
 from cluster.control.verdict import GapWatch
 from cluster.core import Clock, GroupId
-from cluster.errors import ExpertMeshError, InvalidArgument, Unavailable
-from cluster.placement.layout import balancedness, plan_as_text, replan
+from cluster.errors import ExpertMeshError, InvalidArgument
+from cluster.placement.layout import balancedness
 from cluster.placement.planner import Holdings
 from cluster.settings import PlacementConfig
 
 log = logging.getLogger(__name__)
 
-REBALANCE, SCALE, DRAIN, RETURN, REFILL, ROLLBACK = "rebalance", "scale", "drain", "return", "refill", "rollback"
+REBALANCE, ROLLBACK = "rebalance", "rollback"
 VERDICT_S, LEAST_VERDICT_S = 60.0, 3.0
 """A change is judged within so much time, and after so much: what it costs itself is over then."""
 REPORTS_S = 1.5
@@ -44,37 +43,9 @@ IDEA_PERIOD_S, REFILL_S = 1.0, 5.0
 """Between two looks at what could be done; and between two tries to fill groups that lack something."""
 
 
-class Fleet(Protocol):
-    """Starts and stops groups."""
-
-    def start(self, group: GroupId, holdings: Holdings) -> None:
-        """Returns when the group is there. Raises ExpertMeshError."""
-        ...
-
-    def stop(self, group: GroupId) -> None:
-        """Returns when it is gone. Raises ExpertMeshError."""
-        ...
-
-    def keep_plan(self, plan: str) -> None:
-        """Keeps what groups should hold for coordinators and groups that start later."""
-        ...
-
-
-class Closed(Exception):
-    """The coordinator ends."""
-
-
-@dataclass(slots=True)
-class _Task:
-    """A change that waits. ``target`` is a plan that is made already."""
-
-    receipt: Receipt
-    groups: tuple[GroupId, ...]
-    target: dict[GroupId, Holdings] | None = None
-
-
 class Changes:
-    """``start`` begins the thread; all other methods may be called from any thread."""
+    """``start`` begins the thread; all other methods may be called from any thread. ``copies`` of each expert there
+    should be at least; receipts have numbers ``above``."""
 
     def __init__(
         self,
@@ -83,19 +54,20 @@ class Changes:
         hold: Hold,
         fleet: Fleet,
         config: PlacementConfig,
+        copies: int = 1,
         clock: Clock = time.monotonic,
+        above: int = 0,
     ) -> None:
-        self._coordinator, self._routers, self._fleet, self._config = coordinator, routers, fleet, config
-        self._clock = clock
+        self._coordinator, self._routers, self._config, self._clock = coordinator, routers, config, clock
         self._stop = threading.Event()
-        self._mover = Mover(coordinator, routers, hold, clock, self._sleep)
         self._lock = threading.Lock()
-        self._queue: deque[_Task] = deque()
-        self._drained: frozenset[GroupId] = frozenset()
+        self._queue: deque[Task] = deque()
         self.balancing = config.balance
         span = config.group_range()
         self.autoscaler = Autoscaler(*span) if span is not None else None
-        self.receipts = Receipts()
+        self.receipts = Receipts(above)
+        mover = Mover(coordinator, routers, hold, clock, self._sleep)
+        self._executor = Executor(coordinator, routers, mover, fleet, self.receipts, copies)
         self._rest_until_s = clock() + config.window_s
         self._look_s = self._refill_after_s = clock()
         self._progress_s = clock()
@@ -103,13 +75,16 @@ class Changes:
 
     def adopt(self, plan: Mapping[GroupId, Holdings]) -> None:
         """What a coordinator before this one carried out; groups without experts are drained ones."""
-        for layer in range(len(self._coordinator.experts_per_layer) if plan else 0):
-            self._coordinator.want(layer, {group: holdings[layer] for group, holdings in plan.items()})
-        self._drained = frozenset(group for group, holdings in plan.items() if not any(holdings))
+        self._executor.adopt(plan)
+
+    def begin(self) -> None:
+        """Nobody has changed anything yet: groups should hold what they say that they hold."""
+        self._executor.adopt(self._coordinator.holdings())
+        self._executor.keep_plan()
 
     def drained(self) -> list[GroupId]:
         """Groups that hold nothing and get no calls."""
-        return sorted(self._drained)
+        return sorted(self._executor.drained)
 
     def start(self) -> None:
         """Begins to carry out changes."""
@@ -132,7 +107,7 @@ class Changes:
         with self._lock:
             if self._queue:
                 return sorted(self._queue[-1].groups)
-            return sorted(set(self._coordinator.groups()) - self._drained)
+            return sorted(set(self._coordinator.groups()) - self._executor.drained)
 
     def scale(self, count: int, why: str = "asked for") -> Receipt:
         """``count`` groups take calls: adds some, or drains and stops those with the highest numbers.
@@ -144,7 +119,8 @@ class Changes:
         if not 1 <= count <= most:
             raise InvalidArgument("groups", count, f"must be from 1 to {most}, the experts of a layer")
         active = self.active()
-        free = (g for g in range(count + len(active) + len(self._drained) + 1) if g not in active + [*self._drained])
+        taken = {*active, *self._coordinator.groups()}
+        free = (group for group in range(count + len(taken) + 1) if group not in taken)
         while len(active) < count:
             active.append(next(free))
         return self._add(SCALE, f"{why}: {count} groups", tuple(sorted(active)[:count]))
@@ -177,13 +153,18 @@ class Changes:
         """Plans anew from the loads of now."""
         return self._add(REBALANCE, why, tuple(self.active()))
 
-    def _add(
-        self, kind: str, why: str, groups: tuple[GroupId, ...], target: dict[GroupId, Holdings] | None = None
-    ) -> Receipt:
+    def _add(self, kind: str, why: str, groups: tuple[GroupId, ...]) -> Receipt:
         receipt = self.receipts.new(kind, why)
         with self._lock:
-            self._queue.append(_Task(receipt, groups, target))
+            self._queue.append(Task(receipt, groups))
         return receipt
+
+    def _add_planned(self, kind: str, why: str, target: dict[GroupId, Holdings], running: int = 0) -> None:
+        """A plan that was made for the groups of now: not where anybody has asked for other groups meanwhile."""
+        groups = tuple(group for group in self._executor.taking_calls())
+        with self._lock:
+            if len(self._queue) == running:
+                self._queue.append(Task(self.receipts.new(kind, why), groups, target))
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -219,7 +200,7 @@ class Changes:
         lacking = self._lacking() if now_s >= self._refill_after_s else None
         if lacking is not None:
             self._refill_after_s = now_s + REFILL_S
-            self._add(REFILL, "groups do not hold what they should", tuple(self.active()), lacking)
+            self._add_planned(REFILL, "groups do not hold what they should", lacking)
         elif now_s >= self._rest_until_s:
             self._rest_until_s = now_s + self._config.window_s
             if not self._scale_by_load(now_s) and self.balancing:
@@ -227,19 +208,10 @@ class Changes:
 
     def _lacking(self) -> dict[GroupId, Holdings] | None:
         """The plan, where living groups do not hold what it says."""
-        plan, held = self._plan(), self._coordinator.holdings()
+        plan, held = self._executor.plan(), self._coordinator.holdings()
         if plan is None or all(plan.get(g, holdings) == holdings for g, holdings in held.items()):
             return None
         return plan
-
-    def _plan(self) -> dict[GroupId, Holdings] | None:
-        """What was carried out last; None where groups hold what they started with."""
-        layers = [self._coordinator.wanted(layer) for layer in range(len(self._coordinator.experts_per_layer))]
-        if any(layer is None for layer in layers):
-            return None
-        groups = sorted({group for layer in layers if layer is not None for group in layer})
-        none: frozenset[int] = frozenset()
-        return {g: tuple(tuple(sorted(layer.get(g, none))) for layer in layers if layer is not None) for g in groups}
 
     def _scale_by_load(self, now_s: float) -> bool:
         if self.autoscaler is None:
@@ -264,28 +236,34 @@ class Changes:
         if any(group not in held for group in active):
             return
         held = {group: held[group] for group in active}
-        target = replan(loads_LE, self._coordinator.experts_per_layer, held, active, self._hosts())
+        target = self._executor.replan(loads_LE, held, active)
         before, after = balancedness(loads_LE, held), balancedness(loads_LE, target)
         if after - before >= self._config.min_gain:
-            self._add(REBALANCE, f"balance is {before:.2f}, and would be {after:.2f}", tuple(active), target)
-
-    def _hosts(self) -> dict[GroupId, str]:
-        return {group: info.host for group, info in self._coordinator.membership().groups.items()}
+            self._add_planned(REBALANCE, f"balance is {before:.2f}, and would be {after:.2f}", target)
 
     # -- one change ----------------------------------------------------------------------------------------------------
 
-    def _do(self, task: _Task) -> None:
+    def _do(self, task: Task) -> None:
         began_s = self._clock()
         receipt = self.receipts.update(task.receipt, state=RUNNING, began_unix_s=time.time())
         moved, watch = Moved(), GapWatch(self._routers)
-        before = self._plan() or self._coordinator.holdings()
-        problem = ""
+        for layer in range(len(self._coordinator.experts_per_layer)):
+            if self._coordinator.wanted(layer) is None:
+                self._coordinator.want(layer, {g: held[layer] for g, held in self._coordinator.holdings().items()})
+        before = self._executor.plan() or {}
         try:
-            state, receipt = self._carry_out(task, receipt, moved)
+            state, problem, receipt = self._executor.carry_out(task, receipt, moved)
+        except Closed:
+            raise
         except ExpertMeshError as exc:
             log.error("change %d (%s): %s", receipt.number, receipt.kind, exc)
             state, problem = FAILED, str(exc)
-        self._rest_until_s = self._clock() + REST_WINDOWS * self._config.window_s
+        except Exception as exc:  # a receipt that never ends would keep whoever waits for it waiting
+            log.exception("change %d (%s)", receipt.number, receipt.kind)
+            state, problem = FAILED, f"{type(exc).__name__}: {exc}"
+        if receipt.kind != REFILL:
+            rest_s = REST_WINDOWS * self._config.window_s
+            self._rest_until_s = max(self._rest_until_s, self._clock() + rest_s)
         receipt = self.receipts.update(
             receipt,
             state=state if receipt.kind != REBALANCE or state != DONE else WATCHING,
@@ -294,67 +272,10 @@ class Changes:
             copies_loaded=moved.loaded,
             copies_dropped=moved.dropped,
             bytes_loaded=moved.num_bytes,
-            groups=tuple(self._taking_calls()),
+            groups=tuple(self._executor.taking_calls()),
         )
         if state == DONE:
             self._watch(receipt, watch, before)
-
-    def _taking_calls(self) -> list[GroupId]:
-        return sorted(set(self._coordinator.groups()) - self._drained)
-
-    def _carry_out(self, task: _Task, receipt: Receipt, moved: Moved) -> tuple[str, Receipt]:
-        coordinator = self._coordinator
-        held, members = coordinator.holdings(), coordinator.groups()
-        loads_LE = self._routers.recent_loads(2)
-        target = task.target or replan(
-            loads_LE,
-            coordinator.experts_per_layer,
-            {g: holdings for g, holdings in held.items() if g not in self._drained or g in task.groups},
-            task.groups,
-            self._hosts(),
-        )
-        kept = {group: held[group] for group in held if group not in self._drained}
-        receipt = self.receipts.update(
-            receipt,
-            balance_before=balancedness(loads_LE, kept),
-            balance_predicted=balancedness(loads_LE, target),
-        )
-        started = [group for group in sorted(target) if group not in members]
-        leaving = [group for group in members if group not in task.groups]
-        stopped = [g for g in leaving if g not in self._drained] if task.receipt.kind == SCALE else []
-        none: Holdings = ((),) * len(coordinator.experts_per_layer)
-        idle = dict.fromkeys(leaving, none)
-        if not started and all(held.get(g) == holdings for g, holdings in {**target, **idle}.items()):
-            return NOTHING, receipt
-        for group in started:
-            self._start(group, target[group])
-            moved.loaded += sum(len(experts) for experts in target[group])
-        self._drained -= set(task.groups)
-        self._mover.move({**target, **idle}, moved, skip_dead=task.receipt.kind == REFILL)
-        self._drained |= set(leaving)
-        for group in stopped:
-            self._mover.wait_for_routers(coordinator.remove(group))
-            self._fleet.stop(group)
-            self._drained -= {group}
-        self._fleet.keep_plan(plan_as_text({**target, **dict.fromkeys(self._drained, none)}))
-        return DONE, receipt
-
-    def _start(self, group: GroupId, holdings: Holdings) -> None:
-        """A new group, warm and known.
-
-        Raises:
-            ExpertMeshError: it did not start; there is nothing left of it.
-        """
-        try:
-            self._fleet.start(group, holdings)
-            self._coordinator.add(group)
-            self._coordinator.poll()
-            if group not in self._coordinator.holdings():
-                raise Unavailable(f"group {group} was started, and does not answer")
-        except ExpertMeshError:
-            self._coordinator.remove(group)
-            self._fleet.stop(group)
-            raise
 
     # -- and what came of it -------------------------------------------------------------------------------------------
 
@@ -370,7 +291,7 @@ class Changes:
             self._sleep(0.5)
         felt = watch.felt()
         loads = [window.loads_LE for window in self._routers.windows()[windows:]]
-        held = {g: h for g, h in self._coordinator.holdings().items() if g not in self._drained}
+        held = {g: h for g, h in self._coordinator.holdings().items() if g not in self._executor.drained}
         measured = balancedness(np.sum(loads, axis=0), held) if loads else None
         receipt = self.receipts.update(receipt, state=DONE, balance_measured=measured, **dataclasses.asdict(felt))
         if receipt.kind == REBALANCE and felt.worse:
@@ -385,7 +306,9 @@ class Changes:
         why = (
             f"change {receipt.number} made gap p99 {receipt.gap_p99_ms_after:.0f} ms of {receipt.gap_p99_ms_before:.0f}"
         )
-        self._add(ROLLBACK, why, tuple(sorted(before)), before)
+        self._add_planned(
+            ROLLBACK, why, {g: held for g, held in before.items() if g not in self._executor.drained}, running=1
+        )
         self._rest_until_s = self._clock() + 10 * REST_WINDOWS * self._config.window_s
 
     def wait(self, number: int, timeout_s: float) -> Receipt:

@@ -53,8 +53,9 @@ class Coordinator:
         self._thread = threading.Thread(target=self._follow, name="coordinator", daemon=True)
         self._progress_s = clock()
 
-    def start(self, timeout_s: float) -> None:
-        """Waits until every group has answered once, then polls in the background.
+    def start(self, timeout_s: float, without: bool = False) -> None:
+        """Waits until every group has answered once, then polls in the background; ``without`` those that do not answer
+        in time, as after others have served before.
 
         Raises:
             Unavailable: a group did not answer within ``timeout_s``.
@@ -62,6 +63,9 @@ class Coordinator:
         deadline = Deadline.after(timeout_s, self._clock)
         self.poll()
         while set(self._infos) != set(self._groups):
+            if deadline.expired() and without:
+                log.warning("groups %s do not answer", sorted(set(self._groups) - set(self._infos)))
+                break
             if deadline.expired():
                 missing = sorted(set(self._groups) - set(self._infos))
                 raise Unavailable(f"groups {missing} did not answer within {timeout_s:g} s")

@@ -20,6 +20,7 @@ from cluster.placement.planner import Holdings
 Hold = Callable[[GroupId, int, Sequence[int]], int]
 """Tells a group which experts of a layer to hold, exactly; returns when they are warm. Bytes that it read."""
 ACK_TIMEOUT_S = 15.0
+SEEN_TIMEOUT_S = 10.0
 SETTLE_S = 0.2
 """Calls that were sent under the table before have been computed by then."""
 PAUSE_S = 0.05
@@ -51,9 +52,16 @@ class Mover:
         self._coordinator, self._routers, self._hold = coordinator, routers, hold
         self._clock, self._sleep = clock, sleep
 
-    def move(self, target: Mapping[GroupId, Holdings], moved: Moved, skip_dead: bool = False) -> None:
-        """Makes the groups hold ``target``, and lets the table name that; counts in ``moved`` as it goes. With
-        ``skip_dead`` groups that do not answer are left for later.
+    def move(
+        self,
+        target: Mapping[GroupId, Holdings],
+        moved: Moved,
+        flipped: Callable[[], None],
+        skip_dead: bool = False,
+    ) -> None:
+        """Makes the groups hold ``target``, and lets the table name that; counts in ``moved`` as it goes. ``flipped``
+        is called each time that the table has come to want other copies. With ``skip_dead`` groups that do not answer
+        are left for later.
 
         Raises:
             ExpertMeshError: a group did not do its part. Layers before are done; the others are as they were, with
@@ -61,10 +69,17 @@ class Mover:
         """
         for layer in range(len(self._coordinator.experts_per_layer)):
             wanted = {group: tuple(sorted(holdings[layer])) for group, holdings in target.items()}
-            if self._layer(layer, wanted, moved, skip_dead):
+            if self._layer(layer, wanted, moved, flipped, skip_dead):
                 self._sleep(PAUSE_S)
 
-    def _layer(self, layer: int, wanted: dict[GroupId, tuple[int, ...]], moved: Moved, skip_dead: bool) -> bool:
+    def _layer(
+        self,
+        layer: int,
+        wanted: dict[GroupId, tuple[int, ...]],
+        moved: Moved,
+        flipped: Callable[[], None],
+        skip_dead: bool,
+    ) -> bool:
         """Whether there was anything to do."""
         held = {group: set(holdings[layer]) for group, holdings in self._coordinator.holdings().items()}
         missing = {g: sorted(held.get(g, set()) | set(experts)) for g, experts in wanted.items()}
@@ -73,22 +88,47 @@ class Mover:
             for g, experts in missing.items()
             if set(experts) != held.get(g, set()) and (g in held or not skip_dead)
         }
-        surplus = {g: wanted.get(g, ()) for g, experts in held.items() if experts - set(wanted.get(g, ()))}
         if missing:
             moved.loaded += sum(len(set(experts) - held.get(g, set())) for g, experts in missing.items())
             moved.num_bytes += self._hold_all(layer, missing)
+            self._see(layer, missing)
+        as_before = self._coordinator.wanted(layer) == {g: frozenset(experts) for g, experts in wanted.items()}
+        order = self._coordinator.want(layer, wanted)
+        if not as_before:
+            flipped()
+        if not self._surplus(layer, wanted):
+            return bool(missing)
+        self.wait_for_routers(order)
+        surplus = self._surplus(layer, wanted)
+        now = self._coordinator.holdings()
+        self._hold_all(layer, surplus)
+        moved.dropped += sum(len(set(now[g][layer]) - set(experts)) for g, experts in surplus.items())
+        self._coordinator.poll()
+        return True
+
+    def _see(self, layer: int, told: Mapping[GroupId, Sequence[int]]) -> None:
+        """Polls until the groups say that they hold what they were told to.
+
+        Raises:
+            Unavailable: one does not, for some time.
+        """
+        deadline = Deadline.after(SEEN_TIMEOUT_S, self._clock)
+        while True:
             self._coordinator.poll()
             now = self._coordinator.holdings()
-            for group, experts in missing.items():
-                if group not in now or not set(experts) <= set(now[group][layer]):
-                    raise Unavailable(f"group {group} does not hold what it was told to")
-        order = self._coordinator.want(layer, wanted)
-        if surplus:
-            self.wait_for_routers(order)
-            self._hold_all(layer, surplus)
-            moved.dropped += sum(len(held[g] - set(experts)) for g, experts in surplus.items())
-            self._coordinator.poll()
-        return bool(missing or surplus)
+            lacking = [g for g, experts in told.items() if g not in now or not set(experts) <= set(now[g][layer])]
+            if not lacking:
+                return
+            if deadline.expired():
+                raise Unavailable(f"group {lacking[0]} does not hold what it was told to")
+            self._sleep(0.2)
+
+    def _surplus(self, layer: int, wanted: Mapping[GroupId, Sequence[int]]) -> dict[GroupId, tuple[int, ...]]:
+        """What groups should hold that hold more: what is wanted, and copies that the table names all the same, since
+        nobody else has their expert."""
+        held, owners = self._coordinator.holdings(), self._coordinator.membership().table.owners[layer]
+        keep = {g: {*wanted.get(g, ()), *(e for e in held[g][layer] if g in owners[e])} for g in held}
+        return {g: tuple(sorted(keep[g])) for g in held if set(held[g][layer]) - keep[g]}
 
     def _hold_all(self, layer: int, experts_of: Mapping[GroupId, Sequence[int]]) -> int:
         """Hosts at the same time, the groups of one host one after the other: they share its cores and its disk."""

@@ -43,11 +43,11 @@ class Receipt:
 
 
 class Receipts:
-    """The newest ones. Thread-safe."""
+    """The newest ones. Thread-safe. Numbers begin after ``above``."""
 
-    def __init__(self) -> None:
+    def __init__(self, above: int = 0) -> None:
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(above + 1)
         self._receipts: deque[Receipt] = deque(maxlen=KEPT)
 
     def new(self, kind: str, why: str) -> Receipt:

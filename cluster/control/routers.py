@@ -41,9 +41,16 @@ class Window:
 
 
 class Routers:
-    """Thread-safe. ``window_s`` is the length of a load window."""
+    """Thread-safe. ``window_s`` is the length of a load window; all routers are known after ``settle_s``."""
 
-    def __init__(self, experts_per_layer: Sequence[int], window_s: float, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        experts_per_layer: Sequence[int],
+        window_s: float,
+        clock: Clock = time.monotonic,
+        settle_s: float = FORGET_S,
+    ) -> None:
+        self._settled_s = clock() + settle_s
         self._shape = (len(experts_per_layer), max(experts_per_layer, default=0))
         self._window_s, self._clock = window_s, clock
         self._lock = threading.Lock()
@@ -92,7 +99,9 @@ class Routers:
             return [r.report for r in self._routers.values() if now_s - r.seen_s <= FORGET_S]
 
     def behind(self, order: tuple[int, int]) -> list[str]:
-        """Routers that still use an older table."""
+        """Routers that still use an older table. Whoever has not been listening for long does not know them all."""
+        if self._clock() < self._settled_s:
+            return ["that were not heard of yet"]
         return [report.router for report in self.reports() if report.table < order]
 
     def windows(self) -> list[Window]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import ray
 from ray import serve
@@ -14,7 +15,7 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from cluster.config import Config
-from cluster.control.applications import group_app, remove_applications, run_application
+from cluster.control.applications import group_app, group_applications, remove_applications, run_application
 from cluster.control.changes import Changes
 from cluster.control.coordinator import Coordinator
 from cluster.control.receipts import Receipt
@@ -28,8 +29,12 @@ from cluster.routing.report import RouterReport
 from cluster.telemetry import logs
 
 ASK_TIMEOUT_S = 2.0
+RECEIPTS_OF_AN_EPOCH = 10_000
 HOLD_TIMEOUT_S = 300.0
 _EPOCH_KEY = b"expertmesh:epoch"
+RESTART_S = 15.0
+"""For groups to answer a coordinator that comes after another one, which the dead must not keep from starting."""
+T = TypeVar("T")
 BuildGroup = Callable[[GroupId, Holdings], serve.Application]
 
 
@@ -81,19 +86,36 @@ class ServeFleet:
     start_timeout_s: float
 
     def start(self, group: GroupId, holdings: Holdings) -> None:
-        """See `cluster.control.changes.Fleet`."""
-        free = ray.available_resources().get("GPU", 0.0)
-        if free < self.gpus:
+        """See `cluster.control.executor.Fleet`."""
+        there = group in self.groups()  # left by a change that was not finished; it has its GPU
+        free = _typed(ray.available_resources).get("GPU", 0.0)
+        if free < self.gpus and not there:
             raise ConfigError(f"groups: group {group} needs a GPU, and {free:g} are free in the cluster")
         run_application(self.build(group, holdings), group_app(group), self.start_timeout_s)
 
     def stop(self, group: GroupId) -> None:
-        """See `cluster.control.changes.Fleet`."""
-        remove_applications([group_app(group)])
+        """See `cluster.control.executor.Fleet`."""
+        _typed(lambda: remove_applications([group_app(group)]))
+
+    def groups(self) -> list[GroupId]:
+        """See `cluster.control.executor.Fleet`."""
+        return _typed(group_applications)
 
     def keep_plan(self, plan: str) -> None:
-        """See `cluster.control.changes.Fleet`."""
-        keep_plan(plan)
+        """See `cluster.control.executor.Fleet`."""
+        _typed(lambda: keep_plan(plan))
+
+
+def _typed(call: Callable[[], T]) -> T:
+    """What Ray or Serve answers.
+
+    Raises:
+        Unavailable: neither does.
+    """
+    try:
+        return call()
+    except (RayError, RuntimeError, TimeoutError, serve.exceptions.RayServeException) as exc:
+        raise Unavailable(f"Ray Serve does not answer: {type(exc).__name__}: {exc}") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +144,25 @@ class CoordinatorShell:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
         self._window_s = config.placement.window_s
         plan = kept_plan(len(experts_per_layer))  # of a coordinator before this one
+        members = groups if plan is None else fleet.groups()
         epoch = next_epoch()
-        self._coordinator = Coordinator(experts_per_layer, sorted(plan or groups), partial(ask_group, epoch), epoch)
+        self._coordinator = Coordinator(experts_per_layer, members, partial(ask_group, epoch), epoch)
         self._routers = Routers(experts_per_layer, self._window_s)
-        self._changes = Changes(self._coordinator, self._routers, partial(tell_group, epoch), fleet, config.placement)
-        self._changes.adopt(plan or {})
-        self._coordinator.start(config.start_timeout_s)
+        self._changes = Changes(
+            self._coordinator,
+            self._routers,
+            partial(tell_group, epoch),
+            fleet,
+            config.placement,
+            config.copies,
+            above=epoch * RECEIPTS_OF_AN_EPOCH,
+        )
+        if plan is None:
+            self._coordinator.start(config.start_timeout_s)
+            self._changes.begin()
+        else:
+            self._changes.adopt({group: held for group, held in plan.items() if group in members})
+            self._coordinator.start(RESTART_S, without=True)
         self._changes.start()
 
     def membership(self, report: RouterReport | None = None) -> Membership:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ from cluster.weights.skeleton import MoeLayer
 MAX_PIECE_BYTES = 4 * 1024**2
 """Where experts have a budget, about so many bytes of rows go through them at a time: large prefills would otherwise
 take as much memory as the experts."""
+_LEAVE_S = 30.0
 LOADING_THREADS = 4
 """Where threads are not counted out, as beside a GPU."""
 
@@ -103,6 +105,8 @@ class ExpertBank:
     ) -> None:
         self.group, self._layers, self.how, self.store, self._reader = group, list(layers), how, store, reader
         self._moe_layers, self._host_tier = moe_layers, host_tier
+        self._leaving: list[tuple[float, int]] = []
+        """When layers that experts left may be looked through in host memory."""
         self.dtype, self.device = how.dtype, how.device
         self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
 
@@ -174,8 +178,11 @@ class ExpertBank:
         slot_of_E = np.full(len(old.slot_of_E), -1, np.int64)
         if self.store is not None:
             slot_of_E[wanted] = 0
-            if self._host_tier is not None:
-                self._host_tier.hold(layer, wanted)
+            self._drop_from_host()
+            if self._host_tier is not None:  # a call under way may still name those that go
+                before = np.flatnonzero(old.slot_of_E >= 0).tolist()
+                self._host_tier.hold(layer, sorted({*before, *wanted}))
+                self._leaving.append((time.monotonic() + _LEAVE_S, layer))
             self.store.hold(layer, wanted, added)
             self._layers[layer] = _LayerBank(slot_of_E, old.experts, old.num_slots)
             return each * len(added)
@@ -183,7 +190,7 @@ class ExpertBank:
         if self.how.memory_bytes and self.num_bytes + each * (len(wanted) - kept) > self.how.memory_bytes:
             raise ConfigError(
                 f"expert_memory: {len(wanted)} experts in MoE layer {layer} would exceed the {self.how.memory_bytes} "
-                f"bytes of group {self.group}, which was started with all of its experts in memory"
+                f"bytes of group {self.group}, which was started with all of its experts in memory; serve with more"
             )
         slot_of_E[wanted] = np.arange(len(wanted))
         fresh = {
@@ -242,6 +249,15 @@ class ExpertBank:
                 for piece in _pieces(slot_P, MAX_PIECE_BYTES // hidden_TH[0].nbytes):
                     self._add(bank, partial_TH, hidden_TH, rows_P[pairs][piece], weight_P[pairs][piece], slot_P[piece])
         return partial_TH
+
+    def _drop_from_host(self) -> None:
+        """Host memory of experts that left a while ago: no call names them any more."""
+        now_s = time.monotonic()
+        due = {layer for at_s, layer in self._leaving if at_s <= now_s}
+        self._leaving = [(at_s, layer) for at_s, layer in self._leaving if at_s > now_s]
+        for layer in due if self._host_tier is not None else ():
+            assert self._host_tier is not None
+            self._host_tier.hold(layer, self.holdings[layer])
 
     def _add(
         self,

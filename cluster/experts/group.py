@@ -271,7 +271,7 @@ class Breather:
         self._since_s = time.perf_counter()
 
     def __call__(self) -> None:
-        time.sleep(min(1.0, (time.perf_counter() - self._since_s) * self._times))
+        time.sleep(min(5.0, (time.perf_counter() - self._since_s) * self._times))
         self._since_s = time.perf_counter()
 
 

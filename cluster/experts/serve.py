@@ -28,7 +28,9 @@ class ExpertsShell:
         binding = Binding.of_group(config.numa, group, groups, gpu, hosts)
         threads = config.threads or binding.threads(threads)
         host_address = ray.util.get_node_ip_address()
-        holdings = (kept_plan(len(holdings)) or {}).get(group, holdings)
+        planned = (kept_plan(len(holdings)) or {}).get(group, ())
+        if any(planned):  # a drained group starts as it would have, and is emptied then: it must be able to come back
+            holdings = planned
         self._group = ExpertGroup(group, holdings, config, threads, host_address=host_address, binding=binding)
 
     def info(self, epoch: int) -> GroupInfo:

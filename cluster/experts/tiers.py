@@ -39,16 +39,19 @@ class HostTier:
         return sum(t.numel() * t.element_size() for tensors in held for t in tensors.values())
 
     def hold(self, layer: int, experts: Sequence[int]) -> None:
-        """From now on these of a layer are here, and no others. New ones share memory, which goes with the last."""
+        """From now on these of a layer are here, and no others."""
         held = self._experts[layer]
         added = [expert for expert in experts if expert not in held]
         tensors = self._reader.read(self._layers[layer], added, self._threads) if added else {}
-        if self._stream is not None:
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         fresh = {
-            expert: {name: tensor[place] for name, tensor in tensors.items()} for place, expert in enumerate(added)
+            expert: {name: self._own(tensor[place]) for name, tensor in tensors.items()}
+            for place, expert in enumerate(added)
         }
         self._experts[layer] = {expert: fresh.get(expert) or held[expert] for expert in experts}
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in memory of its own, which goes when the expert does."""
+        return tensor.pin_memory() if self._stream is not None else tensor.clone()
 
     def fill(self, layer: int, expert: int, target: Target) -> None:
         """Copies one expert into a slot, and returns when it is there."""

@@ -53,8 +53,10 @@ def replan(
     current: Mapping[GroupId, Holdings],
     groups: Sequence[GroupId],
     host_of: Mapping[GroupId, str],
+    copies: int = 1,
 ) -> dict[GroupId, Holdings]:
-    """What each of ``groups`` should hold, with as many copies as there are now and few moves from ``current``.
+    """What each of ``groups`` should hold, with few moves from ``current``: ``copies`` of each expert, as far as there
+    are groups, and altogether as many as there are now.
 
     A group takes what the fullest one has now; where the groups are others than before, or some are empty, an even
     share of all copies.
@@ -70,8 +72,8 @@ def replan(
     for experts in sorted(set(experts_per_layer)):  # layers of one width are planned together
         layers = [layer for layer, count in enumerate(experts_per_layer) if count == experts]
         held = [[len(holdings[layer]) for layer in layers] for holdings in current.values()]
-        copies = max((sum(of_layer) for of_layer in zip(*held, strict=True)), default=experts)
-        least = max(experts, min(copies, experts * len(groups)))
+        have = max((sum(of_layer) for of_layer in zip(*held, strict=True)), default=experts)
+        least = max(experts, min(max(have, copies * experts), experts * len(groups)))
         each = -(-least // len(groups))
         if same:
             each = max(each, max(max(of_group) for of_group in held))

@@ -8,6 +8,7 @@ answer wins, as long as not more than one call in twenty is. Where an expert has
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -152,6 +153,10 @@ class Caller:
         # Where only one of a link's transports broke, the group is there and the other one carries the call at once.
         at_once = part.covered or (isinstance(error, LinkBroken) and part.link is not None and part.link.healthy())
         self._doubt(part, error)
+        if isinstance(error, MissingExperts):  # the table is old: with the next one this does not happen again
+            with contextlib.suppress(ExpertMeshError):
+                self._fabric.refresh()
+            at_once = True
         patience = Deadline.after(self._group_wait_s, self._clock)
         for tries in itertools.count():
             waits = self._policy == WAIT or isinstance(error, Overloaded)

@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 
 from cluster.api.client import Client, Refused
 from cluster.api.resume import Resumable
 from cluster.config import EMBEDDED_MODEL
-from cluster.errors import Unavailable
+from cluster.errors import ExpertMeshError, Unavailable
 from cluster.rpc.v1 import inference_pb2 as pb
 from tests.door import Door
 from tests.systems import in_process_router
@@ -143,6 +144,87 @@ def test_who_gives_up_says_what_it_was(doors: Doors) -> None:
     with client_of(doors, resume_s=0.5) as client, pytest.raises(Unavailable, match="planted"):
         answer(client, request)
     assert time.monotonic() - began_s < 10
+
+
+class Calls:
+    """Stands for a router whose streams go as planned: chunks, and then an error of some code."""
+
+    def __init__(self, plans: list[tuple[list[pb.GenerateChunk], grpc.StatusCode | None, str]]) -> None:
+        self.plans, self.asked = plans, list[pb.GenerateRequest]()
+
+    def Generate(self, request: pb.GenerateRequest, timeout: float, metadata: Any) -> Any:
+        self.asked.append(request)
+        chunks, code, details = self.plans.pop(0)
+
+        class Call:
+            def __iter__(self) -> Iterator[pb.GenerateChunk]:
+                yield from chunks
+                if code is not None:
+                    raise Broken(code, details)
+
+            def cancel(self) -> None:
+                pass
+
+        return Call()
+
+
+class Broken(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+def chunk_of(token: int, last: bool = False) -> pb.GenerateChunk:
+    return pb.GenerateChunk(tokens=[pb.Token(id=token)], finish_reason=pb.FINISH_REASON_LENGTH if last else 0)
+
+
+def planned(*plans: tuple[list[pb.GenerateChunk], grpc.StatusCode | None, str]) -> tuple[Client, Calls]:
+    client, calls = Client("127.0.0.1:1", timeout_s=20, resume_s=1.0), Calls(list(plans))
+    client._doors[0].inference = calls  # type: ignore[assignment]
+    return client, calls
+
+
+GONE, FULL, INTERNAL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL
+
+
+def test_a_stream_that_has_ended_is_over_whatever_comes_of_its_call() -> None:
+    client, calls = planned(([chunk_of(1), chunk_of(2, last=True)], GONE, "reset"))
+    assert answer(client, pb.GenerateRequest(prompt="x"))[0] == [1, 2]
+    assert len(calls.asked) == 1
+
+
+@pytest.mark.parametrize(("code", "details"), [(FULL, "queue"), (INTERNAL, "The actor died: ActorDiedError")])
+def test_a_begun_stream_goes_on_when_the_next_router_is_full_or_serve_lost_its_replica(
+    code: grpc.StatusCode, details: str
+) -> None:
+    client, calls = planned(
+        ([chunk_of(1)], GONE, ""), ([pb.GenerateChunk()], code, details), ([chunk_of(2, True)], None, "")
+    )
+    assert answer(client, pb.GenerateRequest(prompt="x"))[0] == [1, 2]
+    assert [list(request.received_ids) for request in calls.asked] == [[], [1], [1]]
+    assert client.resumed == 1
+
+
+def test_what_is_not_a_break_is_not_asked_again() -> None:
+    for code, details in ((FULL, "queue"), (INTERNAL, "a bug"), (grpc.StatusCode.DEADLINE_EXCEEDED, "")):
+        client, calls = planned(([], code, details))
+        with pytest.raises(ExpertMeshError):
+            answer(client, pb.GenerateRequest(prompt="x"))
+        assert len(calls.asked) == 1
+
+
+def test_empty_chunks_before_errors_do_not_keep_a_stream_alive() -> None:
+    """Serve's ingress sends one before each error."""
+    plans = [([chunk_of(1)], GONE, "")] + [([pb.GenerateChunk()], GONE, "")] * 500
+    client, calls = planned(*plans)
+    with pytest.raises(Unavailable):
+        answer(client, pb.GenerateRequest(prompt="x"))
+    assert len(calls.asked) < 20
 
 
 def test_bad_beginnings_are_refused(doors: Doors) -> None:

@@ -43,8 +43,8 @@ class World:
         self.told: list[tuple[int, int, tuple[int, ...]]] = []
         self.refuses: Callable[[int, int], bool] = lambda _group, _layer: False
         self.coordinator = Coordinator([EXPERTS] * LAYERS, sorted(self.held), self.ask, epoch=1)
-        self.routers = Routers([EXPERTS] * LAYERS, config.window_s)
-        self.changes = Changes(self.coordinator, self.routers, self.hold, self, config)
+        self.routers = Routers([EXPERTS] * LAYERS, config.window_s, settle_s=0.0)
+        self.changes = Changes(self.coordinator, self.routers, self.hold, self, config, copies)
         self.gaps = GapCounts()
         self.loads_LE: Any = np.zeros((LAYERS, EXPERTS), np.int64)
         self.in_use = Membership(self.coordinator.membership().table)
@@ -87,6 +87,10 @@ class World:
             if any(group in groups for layer in self.in_use.table.owners for groups in layer):
                 self.problems.append(f"group {group} was stopped while a router's table named it")
             self.held.pop(group, None)
+
+    def groups(self) -> list[int]:
+        with self.lock:
+            return sorted(self.held)
 
     def keep_plan(self, plan: str) -> None:
         self.plan = plan
@@ -141,6 +145,7 @@ def world(groups: int = 3, copies: int = 2, **config: Any) -> Iterator[World]:
     made = World(groups, copies, PlacementConfig(**{"window_s": 0.2, **config}))
     router = threading.Thread(target=made.route)
     made.coordinator.start(5)
+    made.changes.begin()
     router.start()
     made.changes.start()
     try:
@@ -285,3 +290,115 @@ def test_a_new_coordinator_goes_on_with_what_the_last_one_carried_out() -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"0": [[1]]}', '{"x": [[1],[1],[1]]}', '{"0": 5}', "nonsense"])
 def test_a_plan_of_something_else_is_none(text: str) -> None:
     assert plan_from_text(text, LAYERS) is None
+
+
+def plan_of(w: World) -> dict[int, Holdings]:
+    plan = plan_from_text(w.plan, LAYERS)
+    assert plan is not None
+    return plan
+
+
+def next_coordinator(w: World) -> Coordinator:
+    """As the shell begins after another one: members are the groups that there are."""
+    coordinator = Coordinator([EXPERTS] * LAYERS, w.groups(), w.ask, epoch=2)
+    changes = Changes(coordinator, Routers([EXPERTS] * LAYERS, 1.0, settle_s=0.0), w.hold, w, PlacementConfig())
+    changes.adopt({group: held for group, held in plan_of(w).items() if group in w.groups()})
+    coordinator.poll()
+    return coordinator
+
+
+@pytest.mark.parametrize("layer", range(1, LAYERS))
+def test_a_change_that_ends_in_the_middle_of_a_model_with_one_copy_leaves_no_expert_without_a_plan(layer: int) -> None:
+    """Whoever restarts then, group or coordinator, has every expert."""
+    with world(copies=1) as w:
+        w.refuses = lambda _group, at: at == layer
+        assert w.done(w.changes.scale(4)).state == "failed"
+        plan = plan_of(w)
+        for at in range(LAYERS):
+            assert {e for held in plan.values() for e in held[at]} == set(range(EXPERTS))
+        coordinator = next_coordinator(w)
+        assert coordinator.membership().table.uncovered() == []
+        coordinator.close()
+        w.refuses = lambda _group, _layer: False
+
+
+def test_copies_that_are_all_there_is_are_not_dropped_when_a_group_dies_in_the_middle() -> None:
+    with world(copies=1) as w:
+        w.done(w.changes.scale(2))
+        time.sleep(0.3)
+        moved = threading.Event()
+
+        def dies(group: int, layer: int) -> bool:
+            if layer == 1 and group == 1:
+                w.dead.add(1)
+                moved.set()
+                return True
+            return False
+
+        w.refuses = dies
+        w.changes.drain(0)
+        assert moved.wait(10)
+        time.sleep(1.5)  # group 1 is no member any more, and whatever is lacking would be filled now
+        w.refuses = lambda _group, _layer: False
+        living = w.holdings()[0]
+        assert all(living[layer] | w.holdings()[1][layer] == set(range(EXPERTS)) for layer in range(LAYERS))
+        w.problems.clear()  # while group 1 is dead its own experts have nobody
+        w.dead.clear()
+
+
+def test_a_group_that_cannot_be_stopped_is_stopped_later_and_no_coordinator_waits_for_it() -> None:
+    with world() as w:
+        stop = w.stop
+        w.stop = lambda _group: (_ for _ in ()).throw(Unavailable("planted"))  # type: ignore[method-assign]
+        receipt = w.done(w.changes.scale(2))
+        assert receipt.state == "done"
+        assert "was not stopped" in receipt.problem
+        assert sorted(plan_of(w)) == [0, 1]
+        w.stop = stop  # type: ignore[method-assign]
+        assert w.done(w.changes.scale(3)).groups == (0, 1, 2)
+        assert w.done(w.changes.scale(2)).state == "done"
+        assert w.groups() == [0, 1]
+
+
+def test_errors_of_any_kind_end_a_change() -> None:
+    with world() as w:
+        w.start = lambda _group, _held: (_ for _ in ()).throw(RuntimeError("planted"))  # type: ignore[method-assign]
+        receipt = w.done(w.changes.scale(5))
+        assert receipt.state == "failed"
+        assert "planted" in receipt.problem
+        assert w.changes.active() == [0, 1, 2]
+        assert w.done(w.changes.rebalance()).state in ("done", "nothing to do")
+
+
+def test_second_copies_come_back_with_the_groups() -> None:
+    with world() as w:
+        w.done(w.changes.scale(1))
+        w.done(w.changes.scale(3))
+        assert all(count >= 2 for layer in range(LAYERS) for count in copies_of(w.holdings(), layer))
+
+
+def test_a_group_that_is_being_drained_is_not_taken_for_a_new_one() -> None:
+    with world() as w:
+        first, second = w.changes.drain(1), w.changes.scale(3)
+        assert w.done(first).state == "done"
+        assert w.done(second).groups == (0, 2, 3)
+        assert w.changes.drained() == [1]
+
+
+def test_a_plan_for_other_groups_than_there_are_is_not_carried_out() -> None:
+    with world(copies=1) as w:
+        time.sleep(0.5)
+        w.gap_s = 0.01
+        receipt = w.changes.rebalance()
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s and not w.told:
+            time.sleep(0.001)
+        w.gap_s = 0.02  # it will be taken back
+        while time.monotonic() < until_s and receipt.number not in [
+            r.number for r in w.changes.receipts.all() if r.state == "watching"
+        ]:
+            time.sleep(0.01)
+        scaled = w.changes.scale(2)
+        assert w.done(scaled).groups == (0, 1)
+        time.sleep(1.0)
+        assert w.groups() == [0, 1], "nobody started group 2 again"

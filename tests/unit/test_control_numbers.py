@@ -80,6 +80,8 @@ def test_loads_are_what_grew_between_reports_of_each_router() -> None:
 def test_who_uses_an_old_table_is_known_until_it_is_not_heard_of_for_long() -> None:
     time = Time()
     routers = Routers([4], 10, time)
+    assert routers.behind((1, 1)), "nobody has been heard of yet: that may be for lack of time"
+    time.now_s += FORGET_S
     routers.told(report("a", table=(1, 4)))
     routers.told(report("b", table=(2, 1)))
     assert routers.behind((1, 5)) == ["a"]

@@ -116,7 +116,7 @@ class PlacementReceipt(_message.Message):
     GAPS_AFTER_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """Number, from 1 in each coordinator's life; kind ("rebalance", "scale", "drain", "return", "refill", "rollback"), and
+    """Number, higher than all before it; kind ("rebalance", "scale", "drain", "return", "refill", "rollback"), and
     why it was made.
     """
     kind: _builtins.str

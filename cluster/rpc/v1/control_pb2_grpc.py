@@ -99,7 +99,7 @@ class ControlServicer:
 
     def ChangePlacement(self, request, context):
         """Asks the coordinator for a change of groups or of what they hold. Returns at once; `Placement` tells what becomes of
-        it. UNAVAILABLE where groups live in the router's process, or the coordinator does not answer.
+        it. UNAVAILABLE where the coordinator does not answer, INVALID_ARGUMENT where groups live in the router's process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
