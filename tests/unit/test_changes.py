@@ -322,27 +322,25 @@ def test_a_change_that_ends_in_the_middle_of_a_model_with_one_copy_leaves_no_exp
         w.refuses = lambda _group, _layer: False
 
 
-def test_copies_that_are_all_there_is_are_not_dropped_when_a_group_dies_in_the_middle() -> None:
+def test_copies_that_are_all_there_is_are_not_dropped_although_others_are_wanted() -> None:
     with world(copies=1) as w:
-        w.done(w.changes.scale(2))
-        time.sleep(0.3)
-        moved = threading.Event()
-
-        def dies(group: int, layer: int) -> bool:
-            if layer == 1 and group == 1:
-                w.dead.add(1)
-                moved.set()
-                return True
-            return False
-
-        w.refuses = dies
-        w.changes.drain(0)
-        assert moved.wait(10)
-        time.sleep(1.5)  # group 1 is no member any more, and whatever is lacking would be filled now
-        w.refuses = lambda _group, _layer: False
-        living = w.holdings()[0]
-        assert all(living[layer] | w.holdings()[1][layer] == set(range(EXPERTS)) for layer in range(LAYERS))
-        w.problems.clear()  # while group 1 is dead its own experts have nobody
+        w.router_stuck = True
+        assert w.done(w.changes.drain(0)).state == "failed", "loaded elsewhere, and not dropped yet"
+        spare = set(w.holdings()[0][0])
+        assert spare
+        w.refuses = lambda group, _layer: group == 0  # nobody drops anything until group 1 counts as dead
+        w.dead.add(1)
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s and 1 in w.coordinator.holdings():
+            time.sleep(0.05)
+        w.problems.clear()
+        w.router_stuck, w.refuses = False, lambda _group, _layer: False
+        elsewhere = w.holdings()[2][0]
+        lonely = spare - elsewhere
+        assert lonely, "only group 1 and this one have these"
+        time.sleep(2.0)
+        assert lonely <= w.holdings()[0][0]
+        w.problems.clear()  # what only group 1 ever had
         w.dead.clear()
 
 
