@@ -3,4 +3,4 @@
 The distribution and the command are called ``expertmesh``; the import package is ``cluster``.
 """
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"

@@ -60,8 +60,8 @@ def make_plan(config: Config) -> Plan:
     most = min(experts_per_layer)
     if span is not None and span[1] > most:
         raise ConfigError(
-            f"placement.autoscale: got {config.placement.autoscale!r}; must be at most {most} groups, or some would hold "
-            "nothing of a layer"
+            f"placement.autoscale: got {config.placement.autoscale!r}; must be at most {most} groups, the experts of a "
+            "layer"
         )
     holdings = _holdings(config, experts_per_layer)
     return _with_sizes(Plan(config, experts_per_layer, holdings, ()), weights, dtype)
