@@ -138,7 +138,7 @@ class Executor:
                     self._fleet.stop(group)
             raise
         if started and task.target is None:  # now it is known which hosts they are on
-            target = self.replan(loads_LE, {**current, **{g: target[g] for g in started}}, task.groups)
+            target = self.replan(loads_LE, target, task.groups)
         self.drained -= set(task.groups)
         self._mover.move({**target, **idle}, moved, self.keep_plan, skip_dead=task.receipt.kind == REFILL)
         self.drained |= set(leaving)

@@ -168,6 +168,9 @@ def test_groups_come_and_go_and_every_expert_keeps_two_copies() -> None:
         assert (up.state, up.groups) == ("done", (0, 1, 2, 3, 4))
         assert all(count >= 2 for layer in range(LAYERS) for count in copies_of(w.holdings(), layer))
         assert up.copies_loaded > 0
+        assert max(len(experts) for held in w.holdings().values() for experts in held) == -(-2 * EXPERTS // 5), (
+            "and no more"
+        )
         down = w.done(w.changes.scale(2))
         assert (down.state, down.groups) == ("done", (0, 1))
         held = w.holdings()
