@@ -189,6 +189,8 @@ class GroupInfo:
     spans_dropped: int = 0
     expert_sizes: tuple[int, ...] = ()
     """Bytes of one expert in the served dtype, by MoE layer."""
+    free_bytes: int = 0
+    """Of the memory that experts lie in, the host's or the GPU's; 0: not known."""
     busy_s: float = 0.0
     """Seconds that its compute thread has computed since its start."""
     startup: tuple[tuple[str, float], ...] = ()

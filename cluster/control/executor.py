@@ -13,6 +13,7 @@ from typing import Protocol
 from cluster.control.coordinator import Coordinator
 from cluster.control.mover import Moved, Mover
 from cluster.control.receipts import DONE, NOTHING, Receipt, Receipts
+from cluster.control.room import check_room
 from cluster.control.routers import Routers
 from cluster.core import GroupId
 from cluster.errors import ExpertMeshError, Unavailable
@@ -124,6 +125,7 @@ class Executor:
         idle = dict.fromkeys(leaving, none)
         if not started and all(held.get(g) == holdings for g, holdings in {**target, **idle}.items()):
             return NOTHING, "", receipt
+        check_room(coordinator.membership().groups, target)
         if task.receipt.kind == SCALE:  # what an earlier change could not finish
             for group in sorted(set(self._fleet.groups()) - {*members, *started}):
                 self._fleet.stop(group)

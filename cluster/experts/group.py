@@ -30,6 +30,7 @@ from cluster.transport.base import LayerReply, LayerRows
 from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
+from cluster.weights.footprint import free_bytes
 from cluster.weights.kernels import SMALL_BYTES, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
@@ -205,6 +206,7 @@ class ExpertGroup:
             anonymous_bytes=facts.anonymous_bytes,
             calls=self.host.calls,
             busy_s=self.host.busy_s,
+            free_bytes=free_bytes(self._device),
             progress_age_s=self.host.progress_age_s(),
             numa_node=where.node,
             numa_local_ratio=where.local_ratio,

@@ -30,6 +30,11 @@ class Footprint:
         return self.weights + self.cache + PROCESS_BYTES
 
 
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, or of the machine's."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
+
+
 def footprints(
     weights: WeightMap,
     holdings: Sequence[Sequence[Sequence[int]]],

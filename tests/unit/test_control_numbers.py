@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.control.autoscale import TIMES, Autoscaler
+from cluster.control.room import check_room
 from cluster.control.routers import FORGET_S, ROWS_OF_A_READ, Routers
 from cluster.control.verdict import LEAST_GAPS, GapWatch
-from cluster.errors import InvalidArgument
+from cluster.core import GroupInfo, StoreFacts
+from cluster.errors import InvalidArgument, Overloaded
 from cluster.placement.layout import (
     balancedness,
     holdings_from_slots,
@@ -219,3 +221,36 @@ def test_hosts_with_equally_many_groups_are_the_domains() -> None:
     assert in_order([0, 1], {0: "a", 1: "a"})[1] == 2
     with pytest.raises(InvalidArgument):
         replan(np.ones((1, 4)), [4], {}, [], {})
+
+
+def some_group(group: int, held: int, free: int, host: str = "h", **fields: Any) -> GroupInfo:
+    layers = (tuple(range(held)),)
+    return GroupInfo(
+        group,
+        "",
+        "x",
+        layers,
+        "f",
+        "fp32",
+        host=host,
+        free_bytes=free,
+        expert_sizes=(100,),
+        expert_bytes=200 * held,
+        **fields,
+    )
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
+    """200 bytes an expert, since there are two layouts; a tenth of what is free is left."""
+    infos = {0: some_group(0, 4, 1000), 1: some_group(1, 4, 1000)}
+    check_room(infos, {0: ((0, 1, 2, 3, 4, 5),), 1: ((0, 1, 2, 3, 9, 10),)})
+    with pytest.raises(Overloaded, match="group 1 would load"):
+        check_room(infos, {0: (tuple(range(7)),), 1: (tuple(range(7)),)})
+    apart = {0: some_group(0, 4, 1000), 1: some_group(1, 4, 1000, host="other")}
+    check_room(apart, {0: (tuple(range(7)),), 1: (tuple(range(7)),)})
+    check_room(apart, {0: ((0,),), 1: ((1,),), 2: (tuple(range(4)),)})
+    with pytest.raises(Overloaded, match="group 2"):
+        check_room(apart, {0: ((0,),), 1: ((1,),), 2: (tuple(range(5)),)})
+    check_room({0: some_group(0, 4, 0)}, {0: (tuple(range(99)),)})  # nobody says what is free
+    stored = some_group(0, 4, 100, store=StoreFacts(1, 1, 1))
+    check_room({0: stored}, {0: (tuple(range(99)),)})
