@@ -103,8 +103,11 @@ def test_links_killed_in_the_middle_of_streams_leave_every_answer_right(
 ) -> None:
     with linked_router(path, transports, 3) as (router, groups):
         with killing(groups, 0.4) as kills:
-            status = exact(router, reference, Load(prompts=6, tokens=40, in_flight=3, seed=12))
-            assert kills[0] >= 2, "too quick to prove anything"
+            seed = 12
+            status = exact(router, reference, Load(prompts=6, tokens=40, in_flight=3, seed=seed))
+            while kills[0] < 2:  # a machine that is quick has to ask for longer
+                seed += 1
+                status = exact(router, reference, Load(prompts=6, tokens=40, in_flight=3, seed=seed))
 
         def settled() -> bool:
             kinds = [group.transport for group in router.status().groups]
