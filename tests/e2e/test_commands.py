@@ -52,8 +52,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"127.0.0.1:{port}"
     left = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    _, slow = psutil.wait_procs(left, timeout=3)  # some of Ray's daemons take half a minute to notice
+    _, slow = psutil.wait_procs([psutil.Process(process.pid), *left], timeout=5)  # some take half a minute to notice
     for daemon in slow:
         daemon.kill()
     psutil.wait_procs(slow, timeout=10)

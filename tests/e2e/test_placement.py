@@ -114,6 +114,21 @@ def test_groups_and_routers_come_and_go_and_every_answer_is_right(tmp_path: Path
             assert here.right + there.right > 4
             assert here.resumed == 1
             assert there.resumed == 0
+    finally:
+        status, left = served.stop()
+    assert status == 0
+    assert not left
+
+
+@pytest.mark.full
+def test_a_group_is_drained_and_others_are_stopped_under_load(tmp_path: Path) -> None:
+    served = ServeProcess("--groups", "3", "--copies", "2", "--dtype", "fp32", log=tmp_path / "log")
+    try:
+        prompt = [5, 77, 300, 41]
+        known = Reference(EMBEDDED_MODEL, torch.float32).greedy(prompt, 40)
+        second = served.address
+        with Client(second, timeout_s=SOON) as client:
+            before = client.status()
             done = run("drain", "0", "--server", second, "--json")
             assert done.returncode == 0, done.stderr
             drained = until(lambda: s if not any(held(s := client.status())[0]) else None)

@@ -138,6 +138,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(changes_module, name, value)
     monkeypatch.setattr("cluster.control.mover.ACK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.control.mover.SETTLE_S", 0.02)
+    monkeypatch.setattr("cluster.control.coordinator.POLL_PERIOD_S", 0.3)
 
 
 @contextmanager
