@@ -7,7 +7,6 @@ does nothing else meanwhile.
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 import time
@@ -204,9 +203,12 @@ def skewed_plan(addresses: Sequence[str], work: Work, groups: int, progress: Pro
     plan = []
     for loads in layers:
         hottest = sorted(range(len(loads)), key=lambda expert: -loads[expert])
-        cuts = [len(loads) * group // groups for group in range(groups + 1)]
-        held = [hottest[first:last] for first, last in itertools.pairwise(cuts)]
-        each = max(len(experts) for experts in held)
+        each = -(-len(loads) // groups)
+        held: list[list[int]] = []
+        for later in reversed(range(groups)):  # as many as one can hold, and one for each of the later groups
+            count = min(each, len(hottest) - later)
+            held.append(hottest[:count])
+            hottest = hottest[count:]
         plan.append([expert for experts in held for expert in (experts * each)[:each]])
     return plan
 

@@ -80,7 +80,8 @@ class Caller:
 
     def owners(self, layer: int, experts_P: Ints, decode: bool) -> Ints:
         """Whom to ask for each expert."""
-        return self._fabric.choose(layer, experts_P, decode, self.speeds.cost())
+        cost = self.speeds.cost()
+        return self._fabric.choose(layer, experts_P, decode, cost, self.speeds.handicaps())
 
     def whose(self, layer: int, part: Part) -> GroupId:
         """The group of a part; where no living one holds its experts, the one that did last."""

@@ -36,10 +36,17 @@ class LayerCopies:
         self._second_E = np.array([groups[1] if len(groups) > 1 else -1 for groups in self._owners], np.int64)
         self._pairs_only = max((len(groups) for groups in self._owners), default=0) <= 2
 
-    def choose(self, experts_P: Owners, decode: bool, cost: Mapping[GroupId, float]) -> Owners:
+    def choose(
+        self,
+        experts_P: Owners,
+        decode: bool,
+        cost: Mapping[GroupId, float],
+        handicaps: Mapping[GroupId, float] | None = None,
+    ) -> Owners:
         """The group of each expert that some pair names, int64 [E]; what it says of others means nothing.
 
         ``cost`` is what a token, or an expert, costs a group relative to the others; 1 for those that it leaves out.
+        ``handicaps`` are experts' worth of time that a decode call to a group takes beside them.
         """
         if not self.any_choice:
             return self.owner_E
@@ -57,6 +64,9 @@ class LayerCopies:
             if group < self._groups:
                 price[group] = factor
                 busy[group] *= factor
+        for group, extra in handicaps.items() if decode and handicaps else ():
+            if group < self._groups:
+                busy[group] += extra
         if not decode:
             free_F = free_F[np.argsort(counts_E[free_F])[::-1]]
         sizes = [1] * free_F.size if decode else counts_E[free_F].tolist()

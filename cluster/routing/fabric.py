@@ -150,10 +150,17 @@ class Fabric:
         with self._lock:
             return self._membership
 
-    def choose(self, layer: int, experts_P: Owners, decode: bool, cost: Mapping[GroupId, float]) -> Owners:
+    def choose(
+        self,
+        layer: int,
+        experts_P: Owners,
+        decode: bool,
+        cost: Mapping[GroupId, float],
+        handicaps: Mapping[GroupId, float] | None = None,
+    ) -> Owners:
         """Whom to ask for each logical expert of the layer, int64 [E] (-1: no living copy): see `LayerCopies`. Groups
         that are doubted only where nobody else holds the expert."""
-        return self._layer(layer).choose(experts_P, decode, cost)
+        return self._layer(layer).choose(experts_P, decode, cost, handicaps)
 
     def covered(self, layer: int, experts_P: Any, group: GroupId) -> bool:
         """All of these experts have a living copy elsewhere."""

@@ -14,8 +14,15 @@ _MEMORY = 1 / 16
 _MIN_DEADLINE_S = 1.0
 _DEADLINE_TIMES = 10.0
 """A call is lost after so many times what it should take, and never before a second."""
-_MIN_HEDGE_S = 0.02
+_MIN_HEDGE_S = 0.01
 _HEDGE_TIMES, _HEDGE_DEVIATIONS = 3.0, 6.0
+_FASTER = 1 / 4
+"""Weight of an answer that took less than half of what was usual: whoever was slow and is not any more is soon trusted
+again, although it is hardly asked."""
+_LATE_TIMES, _LATE_S = 2.0, 0.001
+"""A group whose calls take so much longer beside its computing than those of the quickest one has a handicap."""
+_LOOKS = 4
+"""Answers of a group between two looks at handicaps."""
 _WARM = 8
 """Answers after which a group is known."""
 _BEATEN = 4
@@ -29,11 +36,13 @@ HEDGED_SHARE = 0.05
 
 @dataclass(slots=True)
 class _Pace:
-    """One group's: seconds of its own computing an expert (decode) and a row (prefill), and of whole round trips."""
+    """One group's: seconds of its own computing an expert (decode) and a row (prefill), of whole round trips, and of
+    these beside its computing."""
 
     answers: int = 0
     beaten: int = 0
     expert_s: float = 0.0
+    beside_s: float = 0.0
     row_s: float = 0.0
     trip_s: float = 0.0
     deviation_s: float = 0.0
@@ -47,17 +56,22 @@ class Speeds:
         self.calls = self.hedges = self._asked = 0
         self._credit = 0.0
         self._cost: dict[GroupId, float] = {}
+        self._handicaps: dict[GroupId, float] | None = None
+        self._forgives = False
 
     def answered(self, group: GroupId, decode: bool, rows: int, experts: int, compute_s: float, trip_s: float) -> None:
         """A call was answered: by the group's clock after ``compute_s``, by ours after ``trip_s``."""
         pace = self._paces.setdefault(group, _Pace())
         if decode:
-            weight = max(_MEMORY, 1 / (1 + pace.answers))
+            weight = max(_MEMORY if trip_s > pace.trip_s / 2 else _FASTER, 1 / (1 + pace.answers))
             pace.answers, pace.beaten = pace.answers + 1, 0
             pace.expert_s += (compute_s / max(1, experts) - pace.expert_s) * weight
             self._cost.clear()
             pace.deviation_s += (abs(trip_s - pace.trip_s) - pace.deviation_s) * weight
             pace.trip_s += (trip_s - pace.trip_s) * weight
+            pace.beside_s += (max(0.0, trip_s - compute_s) - pace.beside_s) * weight
+            if pace.answers % _LOOKS == 0:
+                self._handicaps = None
         else:
             pace.row_s += (compute_s / max(1, rows) - pace.row_s) * (_MEMORY if pace.row_s else 1.0)
 
@@ -81,12 +95,14 @@ class Speeds:
         """Whoever comes back under this number is somebody else."""
         self._paces.pop(group, None)
         self._cost.clear()
+        self._handicaps = None
 
     def cost(self) -> dict[GroupId, float]:
         """What an expert costs each group relative to the cheapest one, in steps of a half: below that it is noise, and
         choices would differ from step to step for nothing."""
         self._asked += 1
-        if self._asked % _FORGIVES == 0:
+        self._forgives = self._asked % _FORGIVES == 0
+        if self._forgives:
             return {}
         if not self._cost:
             known = {group: pace.expert_s for group, pace in self._paces.items() if pace.answers >= _WARM}
@@ -95,6 +111,20 @@ class Speeds:
                 steps = {group: round(2 * each / least) / 2 for group, each in known.items()}
                 self._cost = {group: max(1.0, step) if step > 1.5 else 1.0 for group, step in steps.items()}
         return self._cost
+
+    def handicaps(self) -> dict[GroupId, float]:
+        """Experts' worth of time that a decode call to a group takes longer than one to the quickest, whatever it
+        computes: a process that hardly runs, or a slow way. To be asked after `cost`, which forgives now and then."""
+        if self._forgives:
+            return {}
+        if self._handicaps is None:
+            known = {group: pace for group, pace in self._paces.items() if pace.answers >= _WARM}
+            least_s = min((pace.beside_s for pace in known.values()), default=0.0)
+            expert_s = min((pace.expert_s for pace in known.values() if pace.expert_s > 0), default=0.0)
+            limit_s = _LATE_TIMES * least_s + _LATE_S
+            late = {g: pace.beside_s - least_s for g, pace in known.items() if expert_s and pace.beside_s > limit_s}
+            self._handicaps = {group: extra_s / expert_s for group, extra_s in late.items()}
+        return self._handicaps
 
     def lost_after_s(self, group: GroupId, rows: int) -> float:
         """Seconds after which a call without an answer counts as lost."""

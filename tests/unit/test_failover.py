@@ -237,3 +237,43 @@ def test_nothing_is_left_out_while_another_copy_lives() -> None:
     step = StepContext(1)
     assert torch.allclose(dispatcher(step, 0, *given_), wanted(*given_), atol=1e-5)
     assert step.missing == []
+
+
+def fed(speeds: Speeds, group: int, beside_s: float, times: int = 40) -> None:
+    for _ in range(times):
+        speeds.answered(group, True, 8, 4, 0.0004, 0.0004 + beside_s)
+
+
+def test_a_group_that_hardly_runs_is_not_asked_although_it_computes_as_fast() -> None:
+    speeds, copies = Speeds(), LayerCopies([(0, 1)] * 6)
+    for group, beside_s in ((0, 0.0005), (1, 0.0006)):
+        fed(speeds, group, beside_s)
+    assert speeds.cost() in ({}, {0: 1.0, 1: 1.0})
+    assert speeds.handicaps() == {}
+    fed(speeds, 1, 0.009)
+    assert speeds.handicaps()[1] == pytest.approx(85, rel=0.2), "9 ms are 85 experts of 0.1 ms"
+    chosen_E = copies.choose(np.arange(6), True, speeds.cost(), speeds.handicaps())
+    assert chosen_E.tolist() == [0] * 6
+    assert copies.choose(np.arange(6), False, {}, speeds.handicaps()).tolist() != [0] * 6, "prefill computes for long"
+    only = LayerCopies([(1,), (0, 1)])
+    assert only.choose(np.arange(2), True, speeds.cost(), speeds.handicaps()).tolist() == [1, 0]
+
+
+def test_it_is_forgiven_now_and_then_and_soon_trusted_again() -> None:
+    speeds = Speeds()
+    fed(speeds, 0, 0.0005)
+    fed(speeds, 1, 0.009)
+    forgiven = 0
+    for _ in range(4096):
+        speeds.cost()
+        forgiven += not speeds.handicaps()
+    assert forgiven == 4
+    fed(speeds, 1, 0.0005, times=12)
+    assert speeds.handicaps() == {}
+
+
+def test_a_way_that_is_a_little_longer_is_no_handicap() -> None:
+    speeds = Speeds()
+    fed(speeds, 0, 0.0001)
+    fed(speeds, 1, 0.0008)
+    assert speeds.handicaps() == {}
