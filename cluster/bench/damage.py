@@ -65,7 +65,7 @@ class Kind:
     max_untouched_gap_ms: float | None = None
     """As before, of streams at other routers than the damaged one."""
     max_p99_ratio: float | None = None
-    """Of gaps during the damage to those before."""
+    """Of p99 of time per output token: requests that met the damage, to those before."""
     lasts: bool = True
     """It goes on for a while; otherwise it is done at once."""
     must_improve: bool = False

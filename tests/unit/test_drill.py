@@ -47,13 +47,16 @@ def test_failed_and_short_answers_are_counted_by_what_they_failed_with() -> None
         ("drop-link", {"recovery_s": None}, "come back"),
         ("drop-link", {"inexact": 1}, "exact"),
         ("kill-group", {"max_token_gap_ms": 301.0}, "301 ms"),
-        ("slow-group", {"token_gap_p99_ms": {"before": 10.0, "during": 21.0, "after": 9.0}}, "p99"),
+        ("slow-group", {"tpot_p99_ms": {"before": 10.0, "during": 21.0, "after": 9.0}}, "p99"),
+        ("rebalance", {"tpot_p99_ms": {"before": 10.0, "during": 12.0, "after": 10.0}}, "not less"),
+        ("rebalance", {"tpot_p99_ms": {"before": 10.0, "during": 13.0, "after": 9.0}}, "1.25"),
+        ("kill-router", {"max_token_gap_untouched_ms": 301.0}, "another router"),
         ("slow-group", {"hedged_share": 0.06}, "twice"),
     ],
 )
 def test_a_drill_fails_for_each_limit_alone(kind: str, change: dict[str, Any], word: str) -> None:
     report = full_report(Answered(0, 4, 0.9, [0, 1, 2, 3], [1.0, 1.1, 10.1, 10.2], exact=True))
-    report |= {"max_token_gap_ms": 100.0, "token_gap_p99_ms": {"before": 10.0, "during": 20.0, "after": 9.0}}
+    report |= {"max_token_gap_ms": 100.0, "tpot_p99_ms": {"before": 10.0, "during": 12.0, "after": 9.0}}
     assert problems_of(KINDS[kind], report) == []
     [problem] = problems_of(KINDS[kind], report | change)
     assert word in problem
