@@ -238,7 +238,13 @@ def submit_until_broken(link: Transport, given: LayerRows) -> list[PendingReply]
 @pytest.mark.parametrize("kind", REMOTE)
 def test_death_of_the_peer_in_the_middle_of_payloads_breaks_every_call(kind: str, process: EchoProcess) -> None:
     link = connect(kind, process, payload_timeout_s=5.0)
-    threading.Timer(0.7, process.process.kill).start()
+
+    def die() -> None:
+        process.process.send_signal(signal.SIGSTOP)  # a quick peer might have answered everything when it dies
+        time.sleep(0.3)
+        process.process.kill()
+
+    threading.Timer(0.5, die).start()
     pending = submit_until_broken(link, rows(1024, 4096))
     process.process.wait(SOON)
     outcomes = []
