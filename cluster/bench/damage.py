@@ -76,6 +76,8 @@ class Kind:
     """The group, or the router, will be another process."""
     routers: int = 1
     """Routers that it takes."""
+    groups: int = 3
+    """Groups, by default."""
     least_s: float = 0.0
     """It takes so long to mean anything."""
 
@@ -110,6 +112,7 @@ KINDS = {
             max_p99_ratio=1.25,
             must_improve=True,
             before_s=20.0,
+            groups=2,  # more groups than cores hide from each other which one has most to do
             lasts=False,
         ),
     )

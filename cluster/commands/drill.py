@@ -29,7 +29,9 @@ def drill(
         ),
     ],
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = EMBEDDED_MODEL,
-    groups: Annotated[int, typer.Option(help="Expert groups.")] = 3,
+    groups: Annotated[
+        int | None, typer.Option(help="Expert groups; 3 by default, and 2 for rebalance: not more than cores.")
+    ] = None,
     copies: Annotated[
         int | None, typer.Option(help="Groups that hold each expert; 2 by default, and 1 for rebalance.")
     ] = None,
@@ -80,7 +82,7 @@ def drill(
         else:
             flags: dict[str, Any] = {
                 "model": str(model),
-                "groups": groups,
+                "groups": groups or damage_kind.groups,
                 "copies": copies or (1 if damage_kind.must_improve else 2),
                 "routers": routers or damage_kind.routers,
                 "dtype": "fp32",
@@ -95,7 +97,7 @@ def drill(
                 if damage_kind.must_improve:
                     file = Path(scratch) / "plan.json"
                     with _served(composition, make_plan(settings), progress) as deployment:
-                        plan = drills.skewed_plan(deployment.addresses, work, groups, progress)
+                        plan = drills.skewed_plan(deployment.addresses, work, groups or damage_kind.groups, progress)
                     file.write_text(json.dumps({"phy2log": plan}), encoding="utf-8")
                     settings = load_config(flags={**flags, "placement": {"window_s": _WINDOW_S, "plan": str(file)}})
                 with _served(composition, make_plan(settings), progress) as deployment:
