@@ -19,8 +19,9 @@ _HEDGE_TIMES, _HEDGE_DEVIATIONS = 3.0, 6.0
 _FASTER = 1 / 4
 """Weight of an answer that took less than half of what was usual: whoever was slow and is not any more is soon trusted
 again, although it is hardly asked."""
-_LATE_TIMES, _LATE_S = 2.0, 0.001
-"""A group whose calls take so much longer beside its computing than those of the quickest one has a handicap."""
+_LATE_TIMES, _LATE_S = 3.0, 0.004
+"""A group whose calls take so much longer beside its computing than those of the quickest one has a handicap. Less is
+what processes that share cores do to each other all the time."""
 _LOOKS = 4
 """Answers of a group between two looks at handicaps."""
 _WARM = 8
