@@ -135,9 +135,7 @@ class Client:
                 pause_s = stream.broke(tried_all=tried >= len(self._doors))
                 if pause_s is None:
                     raise
-                at = (at + 1) % len(self._doors)
-                if self._at != at:
-                    self._at = at  # for the next stream, too
+                self._at = at = (at + 1) % len(self._doors)  # for the next stream, too
                 time.sleep(min(pause_s, max(0.0, until_s - time.monotonic())))
             finally:
                 call.cancel()

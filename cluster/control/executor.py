@@ -70,7 +70,7 @@ class Executor:
         copies: int,
     ) -> None:
         self._coordinator, self._routers, self._mover, self._fleet = coordinator, routers, mover, fleet
-        self._copies, self.receipts = copies, receipts
+        self._copies, self._receipts = copies, receipts
         self.drained: frozenset[GroupId] = frozenset()
         """Groups that hold nothing and get no calls."""
 
@@ -81,6 +81,7 @@ class Executor:
         self.drained = frozenset(group for group, holdings in plan.items() if not any(holdings))
 
     def taking_calls(self) -> list[GroupId]:
+        """Groups that are not drained."""
         return sorted(set(self._coordinator.groups()) - self.drained)
 
     def plan(self) -> dict[GroupId, Holdings] | None:
@@ -95,6 +96,7 @@ class Executor:
     def replan(
         self, loads_LE: Loads, current: Mapping[GroupId, Holdings], groups: Sequence[GroupId]
     ) -> dict[GroupId, Holdings]:
+        """What ``groups`` should hold by these loads: see `cluster.placement.layout`."""
         hosts = {group: info.host for group, info in self._coordinator.membership().groups.items()}
         return replan(loads_LE, self._coordinator.experts_per_layer, current, groups, hosts, self._copies)
 
@@ -103,6 +105,11 @@ class Executor:
         self._fleet.keep_plan(plan_as_text(self.plan() or {}))
 
     def carry_out(self, task: Task, receipt: Receipt, moved: Moved) -> tuple[str, str, Receipt]:
+        """One change: how it ended, what is to be said of it, and its receipt; counts in ``moved``.
+
+        Raises:
+            ExpertMeshError: some of it could not be done; what could stays, and no expert has fewer copies than before.
+        """
         coordinator = self._coordinator
         held, members = coordinator.holdings(), coordinator.groups()
         if task.target is not None and set(task.groups) != set(self.taking_calls()):
@@ -113,7 +120,7 @@ class Executor:
         current = {g: h for g, h in current.items() if g not in self.drained or g in task.groups}
         target = task.target or self.replan(loads_LE, current, task.groups)
         kept = {group: held[group] for group in held if group not in self.drained}
-        receipt = self.receipts.update(
+        receipt = self._receipts.update(
             receipt,
             balance_before=balancedness(loads_LE, kept),
             balance_predicted=balancedness(loads_LE, target),

@@ -20,8 +20,8 @@ FORGET_S = 10.0
 """A router that was not heard of for so long is gone: should it come back, groups tell it what they do not hold."""
 MAX_WINDOWS = 12
 ROWS_OF_A_READ = 8
-"""Rows of a matrix product that take about as long as reading its weights on the CPUs at hand (../shared figures in
-README, "Engine"): so many prefill tokens weigh as much as one activation of a decode step."""
+"""So many prefill tokens weigh as much as one activation of a decode step: an assumption, that a product of so many
+rows takes about as long as reading its weights. It was not measured here."""
 _KEPT_GAPS = 120
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -131,8 +131,7 @@ class PlacementView:
     windows: int
     window_s: float
     progress_age_s: float
-    autoscale_why: str = ""
-    groups: list[GroupId] = field(default_factory=list)
+    autoscale_why: str
 
 
 class CoordinatorShell:
@@ -207,7 +206,6 @@ class CoordinatorShell:
             self._window_s,
             self._changes.progress_age_s(),
             scaler.why if scaler is not None else "",
-            self._coordinator.groups(),
         )
 
     def pid(self) -> int:
