@@ -43,11 +43,7 @@ log = logging.getLogger(__name__)
 INGRESS_TIMEOUT_S = 30.0
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
-GRPC_FUNCTIONS = [
-    "cluster.api.servicer.add_inference_servicer",
-    "cluster.rpc.v1.control_pb2_grpc.add_ControlServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-]
+GRPC_FUNCTIONS = [f"cluster.api.ingress.{name}" for name in ("add_inference", "add_control", "add_health")]
 _ENVIRONMENT = {
     **COMPUTE_ENVIRONMENT,
     # A transfer that fails breaks its link, and gRPC carries on: NCCL's watchdog would end the process instead.
