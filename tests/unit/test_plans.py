@@ -16,7 +16,7 @@ from cluster.errors import InvalidArgument
 from cluster.placement import audit
 from cluster.placement.eplb import balanced
 from cluster.placement.shape import Loads, Shape, Slots, count_copies, slot_loads
-from cluster.placement.survivable import survivable
+from cluster.placement.survivable import Hysteresis, survivable
 from cluster.placement.windows import read_plan, read_windows
 from tests.e2e.processes import last_json, run_here
 
@@ -103,7 +103,11 @@ def test_a_plan_stays_where_nothing_changes_and_moves_little_where_little_does(
 ) -> None:
     shape, loads_LE = drawn(numbers)
     plan_LS = survivable(loads_LE, shape)
-    assert np.array_equal(survivable(loads_LE, shape, plan_LS), plan_LS)
+    same_LS = survivable(loads_LE, shape, plan_LS)
+    fresh, kept = (audit.balancedness_per_group(loads_LE, p, shape) for p in (plan_LS, same_LS))
+    for layer in range(3):  # a first plan is greedy: where few experts have many slots, a second look may find better
+        stays = np.array_equal(same_LS[layer], plan_LS[layer])
+        assert stays or kept[layer] > fresh[layer] + Hysteresis().plan
     rng = np.random.default_rng(numbers[-1])
     later_LE = loads_LE * rng.lognormal(0, 0.3, loads_LE.shape)
     again_LS = survivable(later_LE, shape, plan_LS)
