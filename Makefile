@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 80
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
-.PHONY: help setup setup-demo demo test test-unit test-integration test-e2e test-all test-numa lint protos model clean
+.PHONY: help setup setup-demo demo test test-unit test-integration test-e2e test-all fuzz test-numa lint protos model clean
 
 help:
 	@echo "make demo      serve the embedded model, ask it, show where the time went, stop everything"
 	@echo "make test      lint, unit, integration and end-to-end tests (what CI runs)"
 	@echo "make test-all  the full matrices too (architectures x groups x layouts; about 25 minutes)"
+	@echo "make fuzz      every decoder of network bytes, $(FUZZ_SECONDS) s each (about 11 minutes)"
 	@echo "make test-numa binding on a kernel with two NUMA nodes, in a virtual machine (qemu and a kernel image are needed)"
 	@echo "make lint      ruff, mypy --strict, import-linter"
 	@echo "make protos    generate cluster/rpc from protos/"
@@ -50,6 +52,9 @@ test-e2e: setup
 
 test-all: setup lint
 	@$(BIN)/python -m pytest tests
+
+fuzz: setup
+	@$(BIN)/python -m pytest tests/fuzz --fuzz-seconds $(FUZZ_SECONDS)
 
 test-numa: setup
 	@$(BIN)/python -m pytest tests/vm

@@ -17,7 +17,9 @@ from cluster.commands import (
     bench_pairs,
     bench_serve,
     bench_trace,
+    config,
     demo,
+    doctor,
     drill,
     generate,
     loads,
@@ -26,6 +28,7 @@ from cluster.commands import (
     plan,
     serve,
     status,
+    token,
     trace,
     verify,
     zoo,
@@ -44,6 +47,7 @@ app = typer.Typer(
 )
 zoo_app = typer.Typer(help="Random-weight checkpoints of every architecture that is tested.", no_args_is_help=True)
 trace_app = typer.Typer(help="Traces in the embedded store: where requests spent their time.", no_args_is_help=True)
+config_app = typer.Typer(help="Configuration files.", no_args_is_help=True)
 bench_app = typer.Typer(help="Benchmarks: ratios to a floor that is measured in the same run.", no_args_is_help=True)
 
 
@@ -57,6 +61,12 @@ app.command(epilog=_examples('expertmesh generate "To be, or" --stream', "expert
     generate.generate
 )
 app.command(epilog=_examples("expertmesh status", "expertmesh status --rebalances --json"))(status.status)
+config_app.command("check", epilog=_examples("expertmesh config check serve.yaml"))(config.check)
+app.add_typer(config_app, name="config")
+app.command(epilog=_examples("expertmesh doctor", "expertmesh doctor --config serve.yaml --json"))(doctor.doctor)
+app.command(
+    epilog=_examples("expertmesh token alice", "expertmesh token bob --expires 2030-01-31 --requests-per-minute 600")
+)(token.token)
 app.command(
     epilog=_examples(
         "expertmesh verify", "expertmesh verify --model ./mixtral --groups 1 --groups 2 --transport grpc --json"

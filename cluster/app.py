@@ -87,13 +87,14 @@ def _cores() -> int:
 
 
 class RaySession:
-    """A Ray cluster with Serve on it: joined by address, or a local one that ends with the session.
+    """A Ray cluster with Serve on it: joined by address, or a local one that ends with the session. ``only_ray``: as it
+    is, for who looks and does not serve.
 
     Use as a context manager.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self._config, self._progress = config, progress
+    def __init__(self, config: Config, progress: Progress, only_ray: bool = False) -> None:
+        self._config, self._progress, self._only_ray = config, progress, only_ray
         self._local = not config.address
         self._stdout = contextlib.ExitStack()
 
@@ -127,7 +128,8 @@ class RaySession:
             )
         except (ConnectionError, ValueError, RuntimeError) as exc:
             raise Unavailable(f"address: cannot join Ray at {self._config.address!r}: {_one_line(exc)}") from exc
-        self._start_serve()
+        if not self._only_ray:
+            self._start_serve()
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         return self
 

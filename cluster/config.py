@@ -20,7 +20,15 @@ from typing import Any
 import yaml
 
 from cluster.errors import ConfigError
-from cluster.settings import DataPlaneConfig, EngineConfig, FaultsConfig, PlacementConfig, TelemetryConfig
+from cluster.settings import (
+    ClientSecurity,
+    DataPlaneConfig,
+    EngineConfig,
+    FaultsConfig,
+    PlacementConfig,
+    SecurityConfig,
+    TelemetryConfig,
+)
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "embedded"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -32,6 +40,7 @@ COMPUTE_ENVIRONMENT = {
 }
 """Of every process that computes; libraries read it when they are loaded."""
 EXPERT_DTYPES = ("auto", "fp32", "bf16", "int8")
+_CLIENT_PREFIX = "EXPERTMESH_CLIENT_"
 TRANSPORTS = ("auto", "shm", "grpc", "nccl", "gloo", "inproc")
 
 
@@ -88,6 +97,7 @@ class Config:
     data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
@@ -124,6 +134,7 @@ class Config:
         self.placement.group_range()
         split_address("listen", self.listen)
         self._check_telemetry()
+        self._check_security()
         if self.faults.cold_expert:
             self.faults.cold_pair()
         for name in ("compute_ms", "cold_ms", "cold_every_s", "drop_links_s"):
@@ -145,6 +156,29 @@ class Config:
         _at_least("telemetry.detail_steps", telemetry.detail_steps, 0)
         if telemetry.metrics_listen not in ("auto", "off"):
             split_address("telemetry.metrics_listen", telemetry.metrics_listen)
+
+    def _check_security(self) -> None:
+        security = self.security
+        _at_least("security.max_connections", security.max_connections, 1)
+        _at_least("security.handshake_s", security.handshake_s, 0.1)
+        if bool(security.cert) != bool(security.key):
+            raise ConfigError("security.cert: cert and key belong together; give both or neither")
+        for name in ("ca", "client_ca", "peer_name"):
+            if getattr(security, name) and not security.tls:
+                raise ConfigError(f"security.{name}: got {getattr(security, name)!r}; it needs security.cert and key")
+        remote = self.groups > 0 and "inproc" not in self.transports()
+        if security.tls and remote and not security.ca:
+            raise ConfigError("security.ca: links to groups need the authorities of the groups' certificates")
+        if (security.tls or security.tokens) and self.front_door == "serve":
+            raise ConfigError(
+                "front_door: got 'serve'; Ray Serve's ingress knows neither TLS nor tokens: use --front-door router"
+            )
+        open_kinds = sorted({"gloo", "nccl"} & set(self.transports()))
+        if security.tls and open_kinds and not security.trust_network:
+            raise ConfigError(
+                f"data_plane.transport: got {open_kinds[0]!r}; it can be neither encrypted nor authenticated, so "
+                "beside TLS it needs --trust-network"
+            )
 
     def memory_bytes(self) -> int:
         """``expert_memory`` as bytes; 0 for all.
@@ -252,7 +286,7 @@ def _environment(environ: Mapping[str, str]) -> dict[str, object]:
     """EXPERTMESH_GROUPS=3 and EXPERTMESH_ENGINE__MAX_RUNNING=8 as nested keys."""
     found: dict[str, object] = {}
     for name, value in environ.items():
-        if not name.startswith("EXPERTMESH_"):
+        if not name.startswith("EXPERTMESH_") or name.startswith(_CLIENT_PREFIX):
             continue
         section, _, key = name.removeprefix("EXPERTMESH_").lower().partition("__")
         if key:
@@ -262,6 +296,28 @@ def _environment(environ: Mapping[str, str]) -> dict[str, object]:
             nested[key] = value
         else:
             found[section] = value
+    return found
+
+
+def client_security(environ: Mapping[str, str] | None = None) -> ClientSecurity:
+    """What this machine's clients show and want to see.
+
+    Raises:
+        ConfigError: unknown variable, or some that do not go together.
+    """
+    environ = os.environ if environ is None else environ
+    values = {
+        name.removeprefix(_CLIENT_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(_CLIENT_PREFIX)
+    }
+    found: ClientSecurity = _merge(ClientSecurity(), values, "environment", _CLIENT_PREFIX.lower())
+    if bool(found.cert) != bool(found.key):
+        raise ConfigError(f"{_CLIENT_PREFIX}CERT: it and {_CLIENT_PREFIX}KEY belong together; set both or neither")
+    if (found.cert or found.name) and not found.ca:
+        raise ConfigError(f"{_CLIENT_PREFIX}CA: must be set where a certificate or a name of the server's is")
+    if found.token and found.token_file:
+        raise ConfigError(f"{_CLIENT_PREFIX}TOKEN: it or {_CLIENT_PREFIX}TOKEN_FILE, not both")
     return found
 
 
@@ -279,7 +335,7 @@ def load_config(
     if file is not None:
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:  # dates that there are not: ValueError
             raise ConfigError(f"--config: cannot read {str(file)!r}: {' '.join(str(exc).split())}") from exc
         if loaded is None:
             loaded = {}

@@ -195,6 +195,8 @@ class GroupInfo:
     """Seconds that its compute thread has computed since its start."""
     startup: tuple[tuple[str, float], ...] = ()
     """Phases of its start, and their seconds."""
+    refused_links: int = 0
+    """Handshakes that it did not accept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@
     ├── Unavailable             UNAVAILABLE         starting, draining, or an expert has no living copy: retry
     │   └── LinkBroken          UNAVAILABLE         one router-to-group link failed
     ├── MissingExperts          FAILED_PRECONDITION a group was asked for experts that it does not hold
+    ├── Unauthenticated         UNAUTHENTICATED     no token, nobody's, or an expired one
+    ├── Forbidden               PERMISSION_DENIED   the token is good, but not for this
     ├── LinkRefused             PERMISSION_DENIED   handshake: other protocol, model, dtype or cluster secret
     └── InternalError           INTERNAL            our own bug; the log has the details, the client has not
 
@@ -112,6 +114,18 @@ class MissingExperts(ExpertMeshError):
         return type(self), (self.group, self.layer, self.experts)
 
 
+class Unauthenticated(ExpertMeshError):
+    """Nobody knows who is asking."""
+
+    code = "UNAUTHENTICATED"
+
+
+class Forbidden(ExpertMeshError):
+    """Whoever asks may not do that."""
+
+    code = "PERMISSION_DENIED"
+
+
 class LinkRefused(ExpertMeshError):
     """The two ends of a link do not belong together."""
 
@@ -123,5 +137,15 @@ class InternalError(ExpertMeshError):
 
 
 ERROR_BY_CODE: dict[str, type[ExpertMeshError]] = {
-    kind.code: kind for kind in (CheckpointError, Overloaded, DeadlineExceeded, Cancelled, Unavailable, InternalError)
+    kind.code: kind
+    for kind in (
+        CheckpointError,
+        Overloaded,
+        DeadlineExceeded,
+        Cancelled,
+        Unavailable,
+        Unauthenticated,
+        Forbidden,
+        InternalError,
+    )
 }

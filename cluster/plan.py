@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from cluster.errors import ConfigError, InvalidArgument
 from cluster.placement.layout import holdings_from_slots
 from cluster.placement.planner import Holdings, plan_copies
 from cluster.placement.windows import read_plan
+from cluster.transport.credentials import check_files
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import resolve_dtype
 from cluster.weights.footprint import Footprint, available_bytes, footprints
@@ -46,12 +48,17 @@ def make_plan(config: Config) -> Plan:
         CheckpointError, UnsupportedModel, ConfigError: with the reason in one line.
     """
     # Ray's workers have another working directory than the command that was given a relative path.
-    config = dataclasses.replace(config, model=str(Path(config.model).resolve()))
+    paths = ("cert", "key", "ca", "client_ca", "tokens")
+    given = {name: value for name in paths if (value := getattr(config.security, name))}
+    resolved: dict[str, Any] = {name: str(Path(value).resolve()) for name, value in given.items()}
+    security = dataclasses.replace(config.security, **resolved)
+    config = dataclasses.replace(config, model=str(Path(config.model).resolve()), security=security)
     if not config.data_plane.secret:
         data_plane = dataclasses.replace(config.data_plane, secret=secrets.token_hex(16))
         config = dataclasses.replace(config, data_plane=data_plane)
     if config.device == "cuda" and not torch.cuda.is_available() and not config.address:
         raise ConfigError("device: got 'cuda'; torch finds no GPU on this machine")
+    check_files(config.security)
     checkpoint = Checkpoint(config.model)
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))

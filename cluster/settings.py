@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError
 
@@ -55,8 +55,56 @@ class DataPlaneConfig:
     """How long a step waits for a group that is gone to come back before its requests fail."""
     payload_timeout_s: float = 10.0
     """A transfer over nccl or gloo that takes longer breaks its link; gRPC carries on."""
-    secret: str = ""
+    secret: str = field(default="", repr=False)
     """Shared by all processes of one cluster; made afresh by `serve` when empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityConfig:
+    """Who may come in. Files are read again when they change: no restart for a new certificate or token."""
+
+    cert: str = ""
+    """PEM file with the certificate of this cluster's servers, of the client port and of every gRPC link. Empty: plain
+    text."""
+    key: str = ""
+    """PEM file with its private key."""
+    ca: str = ""
+    """PEM file of the authorities that routers and groups accept each other's certificates from."""
+    peer_name: str = ""
+    """Name in the groups' certificates, where they were not issued for the groups' addresses."""
+    client_ca: str = ""
+    """PEM file of the authorities whose certificates clients must show (mutual TLS); empty: clients need none."""
+    tokens: str = ""
+    """File of bearer tokens that clients must send one of, as `expertmesh token` writes it; empty: they need none."""
+    trust_network: bool = False
+    """Allows gloo and NCCL, which can be neither encrypted nor authenticated, beside TLS."""
+    max_connections: int = 16384
+    """Connections to the client port at a time; more are closed at once."""
+    handshake_s: float = 10.0
+    """A connection to the client port that has not finished its handshake by then is closed."""
+
+    @property
+    def tls(self) -> bool:
+        """Servers show a certificate."""
+        return bool(self.cert)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSecurity:
+    """What our client shows, and what it wants to see. From the environment: EXPERTMESH_CLIENT_CA and so on."""
+
+    ca: str = ""
+    """PEM file of authorities that the server's certificate must come from; empty: plain text."""
+    cert: str = ""
+    """PEM file of the client's certificate, where the server wants one."""
+    key: str = ""
+    """PEM file of its private key."""
+    name: str = ""
+    """Name in the server's certificate, where it was not issued for the address."""
+    token: str = field(default="", repr=False)
+    """Bearer token."""
+    token_file: str = ""
+    """File with the bearer token, instead."""
 
 
 @dataclass(frozen=True, slots=True)

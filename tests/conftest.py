@@ -16,6 +16,11 @@ transformers_logging.disable_progress_bar()
 MakeTiny = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long each decoder is fuzzed; `make fuzz` asks for more than the short look of `make test`."""
+    parser.addoption("--fuzz-seconds", type=float, default=1.0, help="Seconds for each target of tests/fuzz.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_trace_store(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Commands that tests run leave their traces here, not in the user's store."""

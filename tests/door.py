@@ -8,6 +8,7 @@ import threading
 from cluster.api.frontend import Frontend
 from cluster.api.router import Router
 from cluster.api.server import ClientServer, Health
+from cluster.settings import SecurityConfig
 
 SOON = 30.0
 
@@ -15,7 +16,8 @@ SOON = 30.0
 class Door:
     """A front door on its own event loop, in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: SecurityConfig | None = None) -> None:
+        self._security = security
         self.frontend, self.health = Frontend(), Health()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -25,7 +27,8 @@ class Door:
 
     async def _start(self) -> tuple[ClientServer, int]:
         await self.health.set(serving=False)
-        server = ClientServer(self.frontend, self.health)
+        server = ClientServer(self.frontend, self.health, self._security)
+        self.frontend.door = server.status
         return server, await server.start("127.0.0.1:0")
 
     def open(self, router: Router) -> None:

@@ -12,8 +12,11 @@ import grpc
 
 from cluster.api.client_tracing import ClientTracer
 from cluster.api.resume import Resumable
+from cluster.config import client_security
 from cluster.errors import ERROR_BY_CODE, ConfigError, ExpertMeshError, InternalError
 from cluster.rpc.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from cluster.settings import ClientSecurity
+from cluster.transport.credentials import bearer, client_channel
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 
@@ -36,13 +39,13 @@ def _can_go_on(error: grpc.RpcError, begun: bool) -> bool:
 class _Door:
     """A channel to one router."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: ClientSecurity) -> None:
         options = (
             ("grpc.max_receive_message_length", -1),
             ("grpc.enable_http_proxy", 0),
             ("grpc.max_reconnect_backoff_ms", 1000),
         )
-        self.channel = grpc.insecure_channel(address, options=options)
+        self.channel = client_channel(address, security, options)
         self.inference = inference_pb2_grpc.InferenceStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)
 
@@ -54,6 +57,8 @@ class Client:
     A stream whose router dies is asked for again, with the tokens that came, at the next router or, where there is only
     one, until that one is back; ``resume_s`` is how long that may take, 0 switches it off.
 
+    ``security`` has token and certificates; by default they come from the environment (EXPERTMESH_CLIENT_CA and so on).
+
     Methods raise `ExpertMeshError`: Unavailable when nobody listens, Refused for bad input, and so on.
     """
 
@@ -63,10 +68,13 @@ class Client:
         timeout_s: float = 600.0,
         tracer: ClientTracer | None = None,
         resume_s: float = 30.0,
+        security: ClientSecurity | None = None,
     ) -> None:
         self.address, self._timeout_s, self._resume_s = address, timeout_s, resume_s
         self._tracer = None if tracer is None or tracer.off else tracer
-        self._doors = [_Door(one.strip()) for one in address.split(",") if one.strip()]
+        security = client_security() if security is None else security
+        self._token = bearer(security)
+        self._doors = [_Door(one.strip(), security) for one in address.split(",") if one.strip()]
         if not self._doors:
             raise ConfigError(f"--server: got {address!r}; must be HOST:PORT, or several with commas")
         self._at = 0
@@ -88,7 +96,7 @@ class Client:
         """Chunks as they come. Closing the iterator cancels the request. ``trace_layers`` asks the server for traces of
         single layers of its first steps."""
         trace = self._tracer.begin() if self._tracer is not None else None
-        metadata = trace.metadata() if trace is not None else ()
+        metadata = (*self._token, *(trace.metadata() if trace is not None else ()))
         if trace_layers:
             metadata = (*metadata, ("x-moe-trace-detail", "layer"))
         error = ""
@@ -186,7 +194,7 @@ class Client:
         for tried in range(1, most + 1):
             stub = getattr(self._doors[self._at], service)
             try:
-                return getattr(stub, method)(request, timeout=min(self._timeout_s, 30.0))
+                return getattr(stub, method)(request, timeout=min(self._timeout_s, 30.0), metadata=self._token)
             except grpc.RpcError as exc:
                 if exc.code() != grpc.StatusCode.UNAVAILABLE or tried == most:
                     raise self._typed(exc) from exc

@@ -108,6 +108,8 @@ class Frontend:
         self._served: Served | None = None
         self._clock = clock
         self._ready_s = clock()
+        self.door: Callable[[], control_pb2.SecurityStatus] | None = None
+        """How the port is kept that clients come in by, where it is our own."""
 
     def ready(self, served: Served) -> None:
         """Requests are taken from now on."""
@@ -248,6 +250,8 @@ class Frontend:
         # In a thread: it takes locks that the engine's and the refresh thread hold now and then.
         reply = await asyncio.to_thread(served.status) if served is not None else control_pb2.StatusReply()
         reply.state = self.state
+        if self.door is not None:
+            reply.security.CopyFrom(self.door())
         if self._served is not None:
             reply.uptime_s = self._clock() - self._ready_s
         return reply

@@ -61,6 +61,10 @@ def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> li
         groups = fabric.membership.groups.values()
         return [({"group": str(info.group)}, float(info.spans_dropped)) for info in groups]
 
+    def refused() -> Values:
+        groups = fabric.membership.groups.values()
+        return [({"group": str(info.group)}, float(info.refused_links)) for info in groups]
+
     def local_memory() -> Values:
         own = binding.where().local_ratio if binding is not None else None
         groups = fabric.membership.groups.values()
@@ -92,6 +96,7 @@ def router_gauges(fabric: Fabric, engine: Engine, binding: Binding | None) -> li
         Gauge("moe.prewarm.late", "{expert}", "Ordered ahead and not in time.", stores("late"), counts=True),
         Gauge("moe.prewarm.wasted", "By", "Loaded ahead for nothing.", stores("wasted_bytes"), counts=True),
         Gauge("moe.group.spans_dropped", "{span}", "Spans that a group lost.", dropped, counts=True),
+        Gauge("moe.group.refused_links", "{link}", "Handshakes that a group did not accept.", refused, counts=True),
         Gauge("moe.numa.local_ratio", "", "Share of memory on the node where it belongs.", local_memory),
         Gauge("moe.group.healthy", "", "A link to the group is up.", healthy),
         Gauge("moe.expert.resident", "{expert}", "Experts that the group holds in memory.", resident),

@@ -184,7 +184,13 @@ class Router:
             secret=data_plane.secret,
             router=f"router-{os.getpid()}",
         )
-        return Connector(hello, lambda group: kinds[group % len(kinds)], self._device, data_plane.payload_timeout_s)
+        return Connector(
+            hello,
+            lambda group: kinds[group % len(kinds)],
+            self._device,
+            data_plane.payload_timeout_s,
+            self._config.security,
+        )
 
     def _first_step(self) -> int:
         """A step over every link, in which the gates are found; returns key-value bytes a token."""
@@ -360,6 +366,7 @@ def _group_status(info: GroupInfo, link: LinkStatus, reconnects: int) -> control
             anonymous_bytes=info.anonymous_bytes,
             startup=_phases(info.startup),
         ),
+        refused_links=info.refused_links,
     )
     if info.store is not None:
         told = dataclasses.asdict(info.store)

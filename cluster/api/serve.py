@@ -54,7 +54,8 @@ class RouterShell:
         self._port = 0
         await self._health.set(serving=False)
         if config.front_door == "router":
-            self._server = ClientServer(self._frontend, self._health)
+            self._server = ClientServer(self._frontend, self._health, config.security)
+            self._frontend.door = self._server.status
             self._port = await self._server.start(config.listen, config.routers)
         try:
             self._router = router = await asyncio.to_thread(self._build, build, config, hosts)
@@ -62,6 +63,8 @@ class RouterShell:
             if self._server is not None:
                 await self._server.stop(0)
             raise
+        if self._server is not None and router.telemetry is not None:
+            router.telemetry.gauges(self._server.gauges())
         control = _Coordinator(coordinator) if coordinator is not None else None
         self._frontend.ready(dataclasses.replace(router.served, control=control))
         await self._health.set(serving=True)

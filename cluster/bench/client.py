@@ -19,7 +19,9 @@ from typing import Any, Protocol
 import grpc
 
 from cluster.bench.load import Arrival, prompt_of
+from cluster.config import client_security
 from cluster.rpc.v1 import inference_pb2, inference_pb2_grpc
+from cluster.transport.credentials import aio_client_channel
 
 CONNECT_S, START_S, SLACK_S = 30.0, 120.0, 5.0
 
@@ -57,7 +59,7 @@ class GrpcWire:
     def __init__(self, address: str) -> None:
         self._address = address
         options = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0))
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel, self._metadata = aio_client_channel(address, client_security(), options)
         self._generate: Any = inference_pb2_grpc.InferenceStub(self._channel).Generate
 
     def prepare(self, prompt_ids: list[int], new_tokens: int) -> inference_pb2.GenerateRequest:
@@ -76,7 +78,7 @@ class GrpcWire:
         """One server-streaming call."""
         count = 0
         try:
-            async for chunk in self._generate(request, timeout=timeout_s):
+            async for chunk in self._generate(request, timeout=timeout_s, metadata=self._metadata):
                 if chunk.tokens:
                     on_tokens(len(chunk.tokens))
                     count += len(chunk.tokens)

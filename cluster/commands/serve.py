@@ -48,6 +48,22 @@ def serve(
     ] = None,
     numa: Annotated[str | None, typer.Option(help="auto, off or strict: bind processes to NUMA nodes.")] = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="Let clients ask for full logits.")] = None,
+    cert: Annotated[
+        Path | None, typer.Option(help="PEM file with the servers' certificate: TLS for clients and on links.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file with its private key.")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="PEM file: routers and groups accept each other's certificates from these.")
+    ] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file: clients must show a certificate from these (mutual TLS).")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of clients' bearer tokens, as `expertmesh token` writes it.")
+    ] = None,
+    trust_network: Annotated[
+        bool | None, typer.Option("--trust-network", help="Allow gloo and NCCL, which are never encrypted, beside TLS.")
+    ] = None,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM, which let running requests finish."""
     flags = {
@@ -69,6 +85,14 @@ def serve(
             "plan": None if placement is None else str(placement.resolve()),
             "balance": balance,
             "autoscale": autoscale,
+        },
+        "security": {
+            "cert": _text(cert),
+            "key": _text(key),
+            "ca": _text(ca),
+            "client_ca": _text(client_ca),
+            "tokens": _text(tokens),
+            "trust_network": trust_network,
         },
     }
     settings = load_config(config, flags)
@@ -98,6 +122,10 @@ def serve(
                 deployment.remove()
                 if file is not None:
                     file.unlink(missing_ok=True)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def stop(

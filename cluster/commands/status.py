@@ -162,10 +162,34 @@ def _status_table(reply: control_pb2.StatusReply) -> None:
         f"cancelled, {engine.failed} failed; {engine.steps} steps, largest batch {engine.max_batch}; "
         f"key-value cache {engine.kv_used_bytes / mib:.1f} of {engine.kv_limit_bytes / mib:.0f} MiB"
     )
+    if reply.HasField("security"):
+        stdout.print(f"client port: {_door(reply)}", markup=False)
     told = reply.telemetry
     where = (", ".join(told.traces) or "nowhere") + ("" if told.tracing else ", switched off")
     metrics = f"http://{told.metrics_address}/metrics" if told.metrics_address else "off"
     stdout.print(
         f"traces: {where}; {told.spans_exported} spans exported, {told.spans_dropped} dropped; metrics: {metrics}",
         markup=False,
+    )
+
+
+def _door(reply: control_pb2.StatusReply) -> str:
+    """Who may come in, and how many could not."""
+    door = reply.security
+    wanted = [
+        "TLS" if door.tls else "plain text",
+        *(["clients' certificates"] if door.client_certificates else []),
+        "tokens" if door.tokens else "no tokens",
+    ]
+    refused = ", ".join(f"{count} {code}" for code, count in sorted(door.refused.items()))
+    links = sum(group.refused_links for group in reply.groups)
+    return (
+        f"{', '.join(wanted)}; refused: {refused or 'nobody'}, and {links} links at groups"
+        + (f"; certificates read again {door.certificate_reloads} times" if door.certificate_reloads else "")
+        + (
+            f"; {door.certificate_failures} changes of certificates could not be used"
+            if door.certificate_failures
+            else ""
+        )
+        + (f"; {door.tokens_problem}" if door.tokens_problem else "")
     )

@@ -27,6 +27,7 @@ from cluster.telemetry.hub import telemetry_of
 from cluster.telemetry.memory import give_back_memory, process_facts
 from cluster.telemetry.records import PhaseRecord
 from cluster.transport.base import LayerReply, LayerRows
+from cluster.transport.collective import available
 from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
@@ -106,10 +107,15 @@ class ExpertGroup:
         if isinstance(self.host, ExpertHost):
             data_plane = config.data_plane
             self.shm_server = ShmServer(identity, self.host)
+            security = config.security
             offers = Offers(
-                self.shm_server.address, self._device, pci_address(self._device), data_plane.payload_timeout_s
+                self.shm_server.address,
+                self._device,
+                pci_address(self._device),
+                data_plane.payload_timeout_s,
+                tuple(available()) if security.trust_network or not security.tls else (),
             )
-            self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers)
+            self.server = DataPlaneServer(identity, self.host, data_plane.bind, host_address, offers, security)
         started.done("servers", time.monotonic())
         self._startup = started.seconds()
         self._epoch, self._epoch_lock = 0, threading.Lock()
@@ -212,6 +218,7 @@ class ExpertGroup:
             numa_local_ratio=where.local_ratio,
             expert_sizes=self._sizes,
             startup=self._startup,
+            refused_links=sum(server.refused for server in (self.server, self.shm_server) if server is not None),
         )
 
     def stuck_s(self) -> float:

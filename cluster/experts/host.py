@@ -29,6 +29,7 @@ Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
 OnOrder = Callable[[Order], None]
+MAX_LAYERS = 4096
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
 MAX_ROUNDS = 64
 """Looks at the sockets before the next call is computed, whatever still comes in."""
@@ -78,6 +79,8 @@ class ExpertHost:
         size = rows.hidden_TH.nbytes
         error: ExpertMeshError | None = None
         asleep = False
+        if len(self._steps) > MAX_LAYERS:  # no model has so many: somebody makes them up
+            self._steps.clear()
         self._steps[call.layer] = call.step_id
         with self._lock:
             if self._closed:

@@ -18,6 +18,7 @@ from cluster.core import GroupId, LayerCall
 from cluster.errors import ConfigError, ExpertMeshError, LinkBroken
 from cluster.experts.identity import Identity
 from cluster.rpc.v1 import links_pb2
+from cluster.settings import SecurityConfig
 from cluster.transport.base import CallHandler, LayerReply, LayerRows, PendingReply
 from cluster.transport.codec import (
     FORM_BYTES,
@@ -32,6 +33,7 @@ from cluster.transport.codec import (
     decode_order,
 )
 from cluster.transport.collective import GROUP_RANK, PayloadPair, Store, available
+from cluster.transport.credentials import link_server
 from cluster.transport.grpc_link import CHANNEL_OPTIONS, METHOD, SERVICE
 from cluster.transport.handshake import decode_hello, encode_welcome
 from cluster.transport.replies import (
@@ -59,6 +61,8 @@ class Offers:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gpu: str = ""
     payload_timeout_s: float = 10.0
+    collectives: tuple[str, ...] = field(default_factory=lambda: tuple(available()))
+    """Process groups that it makes."""
 
 
 class _Stream:
@@ -181,6 +185,7 @@ class _Calls:
         self._store_lock = threading.Lock()
         self._store: Store | None = None
         self.streams: set[grpc.ServicerContext] = set()
+        self.refused = 0
 
     def new_stream(self) -> _Stream:
         """For a router that is about to say hello."""
@@ -194,9 +199,10 @@ class _Calls:
         impatience.cancel()
         hello = decode_hello(first) if isinstance(first, bytes) else None
         problem = self._identity.refusal(hello)
-        if hello is not None and not problem and hello.payload and hello.payload not in available():
+        if hello is not None and not problem and hello.payload and hello.payload not in self._offers.collectives:
             problem = f"this group has no {hello.payload}"
         if problem or hello is None:
+            self.refused += 1
             log.warning("link refused: %s", problem)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
             return
@@ -219,7 +225,7 @@ class _Calls:
             shm_socket=self._offers.shm_socket,
             device=self._offers.device.type,
             gpu=self._offers.gpu,
-            collectives=available(),
+            collectives=self._offers.collectives,
         )
         if hello.payload:
             with self._store_lock:
@@ -277,11 +283,17 @@ class DataPlaneServer:
     ``host_address`` when that is all interfaces.
 
     Raises (constructor):
-        ConfigError: the interface cannot be bound.
+        ConfigError: the interface cannot be bound, or the certificates cannot be used.
     """
 
     def __init__(
-        self, identity: Identity, handler: CallHandler, bind: str, host_address: str, offers: Offers | None = None
+        self,
+        identity: Identity,
+        handler: CallHandler,
+        bind: str,
+        host_address: str,
+        offers: Offers | None = None,
+        security: SecurityConfig | None = None,
     ) -> None:
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=MAX_STREAMS, thread_name_prefix="data-plane"),
@@ -291,15 +303,25 @@ class DataPlaneServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ),
         )
+        certificates = link_server(security or SecurityConfig())
         host = host_address if bind in ALL_INTERFACES else bind
         self._calls = _Calls(identity, handler, offers or Offers(), bind, host)
         self._server.add_generic_rpc_handlers((_Streams(self._calls),))
         try:
-            port = self._server.add_insecure_port(f"{bind}:0")
+            # With TLS both ends show a certificate of the cluster's authorities.
+            if certificates is None:
+                port = self._server.add_insecure_port(f"{bind}:0")
+            else:
+                port = self._server.add_secure_port(f"{bind}:0", certificates.credentials())
         except RuntimeError as exc:
             raise ConfigError(f"data_plane.bind: cannot listen on {bind!r}: {exc}") from exc
         self.address = f"{host}:{port}"
         self._server.start()
+
+    @property
+    def refused(self) -> int:
+        """Links whose handshake was not accepted."""
+        return self._calls.refused
 
     def drop_links(self) -> None:
         """Ends all streams, as a fault would."""

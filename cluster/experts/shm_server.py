@@ -71,6 +71,8 @@ class ShmServer:
         self._lock = threading.Lock()
         self._peers: set[_Peer] = set()
         self._closed = False
+        self.refused = 0
+        """Links whose handshake was not accepted."""
         self._thread = threading.Thread(target=self._accept, name="shm-accept", daemon=True)
         self._thread.start()
 
@@ -96,6 +98,7 @@ class ShmServer:
             hello = decode_hello(frame)
             problem = self._identity.refusal(hello) or _memory_problem(fds, hello)
             if problem or hello is None:
+                self.refused += 1
                 log.warning("link refused: %s", problem)
                 connection.send(problem.encode())
                 connection.close()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from cluster.core import Deadline, GroupInfo
 from cluster.errors import ConfigError
 from cluster.rpc.v1 import links_pb2
+from cluster.settings import SecurityConfig
 from cluster.transport import collective
 from cluster.transport.base import Transport
 from cluster.transport.choice import AUTO, BASE, End, candidates, explain
@@ -27,6 +28,7 @@ class Connector:
     wanted: Callable[[int], str]
     device: torch.device
     payload_timeout_s: float
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __call__(self, info: GroupInfo, deadline: Deadline) -> Link:
         """The link.
@@ -36,12 +38,13 @@ class Connector:
             LinkRefused: the group serves another model, or belongs to another cluster.
             ConfigError: the transport that was asked for cannot be had between these two, whatever happens.
         """
-        base = GrpcTransport(info.group, info.address, self.hello, deadline)
+        base = GrpcTransport(info.group, info.address, self.hello, deadline, security=self.security)
         welcome, wanted = base.welcome, self.wanted(info.group)
         own = End(self.device.type, pci_address(self.device), frozenset(collective.available()), shm=True)
         theirs = End(welcome.device, welcome.gpu, frozenset(welcome.collectives), bool(welcome.shm_socket))
         path = path_between(own.gpu, theirs.gpu) if own.gpu and theirs.gpu else ""
-        found, reasons = candidates(wanted, own, theirs, path)
+        trusted = not self.security.tls or self.security.trust_network
+        found, reasons = candidates(wanted, own, theirs, path, trusted)
         if not found and wanted not in (AUTO, BASE):
             base.close()
             raise ConfigError(
@@ -53,7 +56,14 @@ class Connector:
                 return ShmTransport(info.group, welcome.shm_socket, self.hello, limit)
             payload = "" if kind == BASE else kind
             return GrpcTransport(
-                info.group, info.address, self.hello, limit, payload, self.payload_timeout_s, self.device
+                info.group,
+                info.address,
+                self.hello,
+                limit,
+                payload,
+                self.payload_timeout_s,
+                self.device,
+                self.security,
             )
 
         return Link(base, wanted, found, reasons, make)

@@ -33,10 +33,13 @@ class Candidate:
     why: str
 
 
-def candidates(wanted: str, router: End, group: End, path: str = "") -> tuple[list[Candidate], list[str]]:
+def candidates(
+    wanted: str, router: End, group: End, path: str = "", trusted: bool = True
+) -> tuple[list[Candidate], list[str]]:
     """Transports to try before gRPC, best first, and for each that is left out the reason.
 
-    ``wanted`` is "auto" or one kind; ``path`` says how two GPUs reach each other, where that is known.
+    ``wanted`` is "auto" or one kind; ``path`` says how two GPUs reach each other, where that is known. Process groups
+    are for networks that are ``trusted``: nothing about them is encrypted.
     """
     found: list[Candidate] = []
     reasons: list[str] = []
@@ -44,6 +47,8 @@ def candidates(wanted: str, router: End, group: End, path: str = "") -> tuple[li
         if kind == BASE:
             continue
         reason = _obstacle(kind, router, group)
+        if not reason and kind != "shm" and not trusted:
+            reason = "TLS is on, and it can be neither encrypted nor authenticated (--trust-network allows it)"
         if reason:
             reasons.append(f"{kind}: {reason}")
         elif kind == "nccl":

@@ -17,6 +17,7 @@ import torch
 from cluster.core import Deadline, GroupId, LayerCall, Order
 from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, LinkRefused
 from cluster.rpc.v1 import links_pb2
+from cluster.settings import SecurityConfig
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 from cluster.transport.codec import (
     MAX_MESSAGE_BYTES,
@@ -29,6 +30,7 @@ from cluster.transport.codec import (
     encode_order,
 )
 from cluster.transport.collective import ROUTER_RANK, PayloadPair, connect_store, own_interface
+from cluster.transport.credentials import link_channel
 from cluster.transport.handshake import decode_welcome, encode_hello
 from cluster.transport.orders import WaitingOrders
 from cluster.transport.replies import (
@@ -80,6 +82,7 @@ class GrpcTransport:
         payload: str = "",
         payload_timeout_s: float = 10.0,
         device: torch.device | None = None,
+        security: SecurityConfig | None = None,
     ) -> None:
         self.group, self.address, self.kind = group, address, payload or "grpc"
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -94,7 +97,7 @@ class GrpcTransport:
         greeting.CopyFrom(hello)
         greeting.protocol, greeting.payload = PROTOCOL_VERSION, payload
         greeting.generation = uuid.uuid4().hex if payload else ""
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = link_channel(address, security or SecurityConfig(), CHANNEL_OPTIONS)
         self._outbox.put(encode_hello(greeting))
         call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
         self._stream = call(iter(self._outbox.get, None))

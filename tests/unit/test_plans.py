@@ -105,9 +105,10 @@ def test_a_plan_stays_where_nothing_changes_and_moves_little_where_little_does(
     plan_LS = survivable(loads_LE, shape)
     same_LS = survivable(loads_LE, shape, plan_LS)
     fresh, kept = (audit.balancedness_per_group(loads_LE, p, shape) for p in (plan_LS, same_LS))
+    lost = [sum(loss.share for loss in audit.coverage(loads_LE, p, shape)) for p in (plan_LS, same_LS)]
     for layer in range(3):  # a first plan is greedy: where few experts have many slots, a second look may find better
         stays = np.array_equal(same_LS[layer], plan_LS[layer])
-        assert stays or kept[layer] > fresh[layer] + Hysteresis().plan
+        assert stays or kept[layer] > fresh[layer] + Hysteresis().plan or lost[1] < lost[0]
     rng = np.random.default_rng(numbers[-1])
     later_LE = loads_LE * rng.lognormal(0, 0.3, loads_LE.shape)
     again_LS = survivable(later_LE, shape, plan_LS)

@@ -626,6 +626,7 @@ class GroupStatus(_message.Message):
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    REFUSED_LINKS_FIELD_NUMBER: _builtins.int
     group: _builtins.int
     """Group id, from 0."""
     healthy: _builtins.bool
@@ -642,6 +643,8 @@ class GroupStatus(_message.Message):
     """New for each process of the group."""
     progress_age_s: _builtins.float
     """Seconds since the compute thread last made progress or was idle."""
+    refused_links: _builtins.int
+    """Links that it did not accept since its start: another cluster's secret, another model, or no handshake at all."""
     @_builtins.property
     def holdings(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerHoldings]:
         """Experts of each MoE layer."""
@@ -671,10 +674,11 @@ class GroupStatus(_message.Message):
         progress_age_s: _builtins.float = ...,
         link: Global___LinkReport | None = ...,
         store: Global___ExpertStoreStatus | None = ...,
+        refused_links: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link", "process", b"process", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "calls", b"calls", "expert_bytes", b"expert_bytes", "group", b"group", "healthy", b"healthy", "holdings", b"holdings", "incarnation", b"incarnation", "link", b"link", "process", b"process", "progress_age_s", b"progress_age_s", "store", b"store", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "calls", b"calls", "expert_bytes", b"expert_bytes", "group", b"group", "healthy", b"healthy", "holdings", b"holdings", "incarnation", b"incarnation", "link", b"link", "process", b"process", "progress_age_s", b"progress_age_s", "refused_links", b"refused_links", "store", b"store", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -981,6 +985,7 @@ class StatusReply(_message.Message):
     EXPERT_DTYPE_FIELD_NUMBER: _builtins.int
     TELEMETRY_FIELD_NUMBER: _builtins.int
     DISPATCH_FIELD_NUMBER: _builtins.int
+    SECURITY_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"starting", "serving" or "draining"."""
     arch: _builtins.str
@@ -1016,6 +1021,10 @@ class StatusReply(_message.Message):
     def dispatch(self) -> Global___DispatchStatus:
         """Layer calls of this router."""
 
+    @_builtins.property
+    def security(self) -> Global___SecurityStatus:
+        """Of the router's own client port; unset behind Serve's ingress."""
+
     def __init__(
         self,
         *,
@@ -1035,11 +1044,75 @@ class StatusReply(_message.Message):
         expert_dtype: _builtins.str = ...,
         telemetry: Global___TelemetryStatus | None = ...,
         dispatch: Global___DispatchStatus | None = ...,
+        security: Global___SecurityStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "engine", b"engine", "router", b"router", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "engine", b"engine", "router", b"router", "security", b"security", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dispatch", b"dispatch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "telemetry", b"telemetry", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arch", b"arch", "dispatch", b"dispatch", "dtype", b"dtype", "engine", b"engine", "expert_dtype", b"expert_dtype", "groups", b"groups", "loops", b"loops", "model", b"model", "router", b"router", "security", b"security", "state", b"state", "table_epoch", b"table_epoch", "table_version", b"table_version", "telemetry", b"telemetry", "trunk_bytes", b"trunk_bytes", "uncovered_experts", b"uncovered_experts", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusReply: _TypeAlias = StatusReply  # noqa: Y015
+
+@_typing.final
+class SecurityStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RefusedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TLS_FIELD_NUMBER: _builtins.int
+    CLIENT_CERTIFICATES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_RELOADS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FAILURES_FIELD_NUMBER: _builtins.int
+    TOKENS_PROBLEM_FIELD_NUMBER: _builtins.int
+    tls: _builtins.bool
+    """The port wants TLS, and clients' certificates, and tokens."""
+    client_certificates: _builtins.bool
+    tokens: _builtins.bool
+    certificate_reloads: _builtins.int
+    """How often changed certificates were taken, and how often they could not be."""
+    certificate_failures: _builtins.int
+    tokens_problem: _builtins.str
+    """What is wrong with the file of tokens now, if anything; those of before are in use."""
+    @_builtins.property
+    def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Calls that did not come in, by the status code that they were refused with."""
+
+    def __init__(
+        self,
+        *,
+        tls: _builtins.bool = ...,
+        client_certificates: _builtins.bool = ...,
+        tokens: _builtins.bool = ...,
+        refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        certificate_reloads: _builtins.int = ...,
+        certificate_failures: _builtins.int = ...,
+        tokens_problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_failures", b"certificate_failures", "certificate_reloads", b"certificate_reloads", "client_certificates", b"client_certificates", "refused", b"refused", "tls", b"tls", "tokens", b"tokens", "tokens_problem", b"tokens_problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecurityStatus: _TypeAlias = SecurityStatus  # noqa: Y015

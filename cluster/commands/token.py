@@ -1,0 +1,75 @@
+"""`expertmesh token`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from cluster.commands.common import Json, emit, stderr, stdout
+from cluster.errors import ConfigError, InvalidArgument
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="Who gets it.")],
+    file: Annotated[Path, typer.Option(help="Where its hash goes; made when it is not there.")] = Path("tokens.yaml"),
+    expires: Annotated[
+        str | None, typer.Option(help="Last day, such as 2030-01-31, or a time; never by default.")
+    ] = None,
+    requests_per_minute: Annotated[int, typer.Option(help="Requests that it may begin a minute; 0: no limit.")] = 0,
+    concurrent: Annotated[int, typer.Option(help="Calls that it may have running; 0: no limit.")] = 0,
+    control: Annotated[bool, typer.Option("--control", help="It may change the system: scale, drain, ...")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a bearer token for a client. It is shown once; the file has only its hash."""
+    from cluster.api.tokens import digest, new_token, parse_grants
+
+    for flag, value in (("--requests-per-minute", requests_per_minute), ("--concurrent", concurrent)):
+        if value < 0:
+            raise InvalidArgument(flag, value, "must be at least 0")
+    made = new_token()
+    entry: dict[str, Any] = {"name": name, "sha256": digest(made)}
+    for key, given in (
+        ("expires", expires),
+        ("requests_per_minute", requests_per_minute),
+        ("concurrent", concurrent),
+        ("control", control),
+    ):
+        if given:
+            entry[key] = given
+    before = ""
+    try:
+        if file.exists():
+            before = file.read_text(encoding="utf-8")
+            if any(grant.name == name for grant in parse_grants(before, str(file)).values()):
+                raise ConfigError(f"NAME: {name!r} has a token in {file} already; take that entry out first")
+        # Appended as text: comments of whoever keeps the file stay.
+        text = (before.rstrip("\n") or "tokens:") + "\n" + yaml.safe_dump([entry], sort_keys=False)
+        parse_grants(text, str(file))
+        _replace(file, text)
+    except OSError as exc:
+        raise ConfigError(f"--file: cannot write {str(file)!r}: {exc.strerror}") from exc
+    if as_json:
+        emit({"name": name, "token": made, "file": str(file)})
+        return
+    stdout.print(made, markup=False)
+    stderr.print(
+        f"that is the token of {name}; it is not kept anywhere. {file} has its hash: "
+        "serve with --tokens, call with EXPERTMESH_CLIENT_TOKEN_FILE",
+        markup=False,
+    )
+
+
+def _replace(file: Path, text: str) -> None:
+    """In one step: servers that read the file now see all of it or nothing of it."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
+    try:
+        scratch.touch(mode)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
