@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,10 +232,10 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         ExpertMeshError: what a process failed with while it started.
     """
     config = plan.config
-    hosts = len([node for node in ray.nodes() if node["Alive"]])
+    hosts = hosts_alive()
     if hosts == 1:
         check_fits(plan.processes, available_bytes(), "this machine")
-    gpus = _gpus_each(plan)
+    gpus = gpus_each(plan)
     taken = applications()
     if taken:
         raise ConfigError(
@@ -248,12 +248,14 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
         # All at once: the router loads its trunk while the groups load, and waits for them.
         groups = [] if plan.one_process else [group_app(i) for i in range(len(plan.holdings))]
         progress(f"loading the router and {len(groups)} expert groups" if groups else "loading the router")
-        build = BuildGroup(plan, gpus, hosts)
+        build = GroupBuilder(plan, gpus, hosts)
         targets = [
             serve.RunTarget(build(i, plan.holdings[i]), name=name, route_prefix=None) for i, name in enumerate(groups)
         ]
         route = "/" if config.front_door == "serve" else None
-        run_applications([*targets, serve.RunTarget(_router(plan, gpus, hosts), name=APP, route_prefix=route)])
+        run_applications(
+            [*targets, serve.RunTarget(router_application(plan, gpus, hosts), name=APP, route_prefix=route)]
+        )
         if config.front_door == "serve":
             wait_for_port(config.listen, INGRESS_TIMEOUT_S)
             deployment.addresses = [config.listen]
@@ -266,7 +268,7 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     return deployment
 
 
-def _gpus_each(plan: Plan) -> int:
+def gpus_each(plan: Plan) -> int:
     """1 where the cluster has GPUs (logical ones count), 0 otherwise."""
     have = int(ray.cluster_resources().get("GPU", 0))
     if have == 0 or plan.config.device == "cpu":
@@ -281,9 +283,15 @@ def _gpus_each(plan: Plan) -> int:
     return 1
 
 
-def _actor_options(gpus: int) -> dict[str, Any]:
+def hosts_alive() -> int:
+    """Hosts of the cluster."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def _actor_options(gpus: int, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``own`` says more, or something else, of where it runs."""
     variables = {**_ENVIRONMENT, **_telemetry_environment()}
-    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+    return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": variables}, **(own or {})}
 
 
 def _telemetry_environment() -> dict[str, str]:
@@ -299,12 +307,14 @@ def _deployment(kind: type, replicas: int = 1, **options: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildGroup:
+class GroupBuilder:
     """Makes a group's application: here for those at the start, and in the coordinator for those that come later."""
 
     plan: Plan
     gpus: int
     hosts: int
+    actor: Mapping[str, Any] = field(default_factory=dict)
+    """Of Ray's actor options, those that say where it runs."""
 
     def __call__(self, group: GroupId, holdings: Holdings) -> serve.Application:
         """The application, not running yet."""
@@ -314,7 +324,7 @@ class BuildGroup:
             ExpertsShell,
             name="group",
             max_ongoing_requests=64,
-            ray_actor_options=_actor_options(self.gpus),
+            ray_actor_options=_actor_options(self.gpus, self.actor),
             health_check_period_s=2,
             health_check_timeout_s=10,
             graceful_shutdown_timeout_s=2,
@@ -325,7 +335,8 @@ class BuildGroup:
         return application
 
 
-def _router(plan: Plan, gpus: int, hosts: int) -> serve.Application:
+def router_application(plan: Plan, gpus: int, hosts: int, actor: Mapping[str, Any] | None = None) -> serve.Application:
+    """The application of routers and coordinator, not running yet; ``actor`` as of `GroupBuilder`, of the routers."""
     coordinator = None
     if not plan.one_process:
         coordinator = _deployment(
@@ -338,13 +349,13 @@ def _router(plan: Plan, gpus: int, hosts: int) -> serve.Application:
             plan.experts_per_layer,
             list(range(len(plan.holdings))),
             plan.config,
-            ServeFleet(BuildGroup(plan, gpus, hosts), gpus, plan.config.start_timeout_s),
+            ServeFleet(GroupBuilder(plan, gpus, hosts), gpus, plan.config.start_timeout_s),
         )
     router = _deployment(
         RouterShell,
         name="router",
         max_ongoing_requests=4096,
-        ray_actor_options=_actor_options(gpus),
+        ray_actor_options=_actor_options(gpus, actor),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
