@@ -341,8 +341,15 @@ class GroupBuilder:
         return application
 
 
-def router_application(plan: Plan, gpus: int, hosts: int, actor: Mapping[str, Any] | None = None) -> serve.Application:
-    """The application of routers and coordinator, not running yet; ``actor`` as of `GroupBuilder`, of the routers."""
+def router_application(
+    plan: Plan,
+    gpus: int,
+    hosts: int,
+    actor: Mapping[str, Any] | None = None,
+    group_actor: Mapping[str, Any] | None = None,
+) -> serve.Application:
+    """The application of routers and coordinator, not running yet; ``actor``, of the routers, and ``group_actor``, of
+    groups that come later, as of `GroupBuilder`."""
     coordinator = None
     if not plan.one_process:
         coordinator = _deployment(
@@ -355,7 +362,7 @@ def router_application(plan: Plan, gpus: int, hosts: int, actor: Mapping[str, An
             plan.experts_per_layer,
             list(range(len(plan.holdings))),
             plan.config,
-            ServeFleet(GroupBuilder(plan, gpus, hosts), gpus, plan.config.start_timeout_s),
+            ServeFleet(GroupBuilder(plan, gpus, hosts, group_actor or {}), gpus, plan.config.start_timeout_s),
         )
     router = _deployment(
         RouterShell,

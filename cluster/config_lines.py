@@ -36,7 +36,8 @@ class _Entry:
 
 
 def find_problems(path: Path) -> tuple[list[Problem], Config | None]:
-    """All problems in the order of their lines, and the configuration where there are none."""
+    """All problems in the order of their lines, and the configuration where there are none. Of a file for
+    `serve deploy`, the configurations of its applications."""
     try:
         if path.stat().st_size > MAX_BYTES:
             return [Problem(0, "", f"has more than {MAX_BYTES} bytes")], None
@@ -50,12 +51,35 @@ def find_problems(path: Path) -> tuple[list[Problem], Config | None]:
         if not isinstance(root, yaml.MappingNode):
             return [Problem(root.start_mark.line + 1, "", "must hold keys and values")], None
         problems: list[Problem] = []
-        entries = list(_entries(root, (), problems))
+        sections = _sections(root)
+        found = [list(_entries(section, (), problems)) for section in sections]
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         return [Problem(mark.line + 1 if mark else 0, "", f"is not YAML: {exc.problem or exc.context}")], None
     except (yaml.YAMLError, RecursionError) as exc:
         return [Problem(0, "", f"is not YAML: {' '.join(str(exc).split())}")], None
+    configs = [_check(entries, problems) for entries in found]
+    problems.sort(key=lambda problem: problem.line)
+    return problems, None if problems or not configs else configs[0]
+
+
+def _sections(root: yaml.MappingNode) -> list[yaml.MappingNode]:
+    """The file itself, or of a file for `serve deploy` the ``config`` of each application, once where they share it."""
+    applications = _under(root, "applications")
+    if not isinstance(applications, yaml.SequenceNode):
+        return [root]
+    configs = [_under(_under(application, "args"), "config") for application in applications.value]
+    return list({id(config): config for config in configs if isinstance(config, yaml.MappingNode)}.values())
+
+
+def _under(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    return next((value for name, value in node.value if getattr(name, "value", None) == key), None)
+
+
+def _check(entries: list[_Entry], problems: list[Problem]) -> Config | None:
+    """The configuration of one section, where nothing is wrong with it."""
     good: dict[str, Any] = {}
     for entry in entries:
         try:
@@ -67,19 +91,18 @@ def find_problems(path: Path) -> tuple[list[Problem], Config | None]:
             problems.append(Problem(entry.line, ".".join(entry.key), _without_source(exc)))
         else:
             _put(good, entry)
-    config = None
     try:
-        config = load_config(flags=good, environ={})
+        return load_config(flags=good, environ={})
     except ConfigError as exc:
         problems.append(_located(_without_source(exc), entries))
-    problems.sort(key=lambda problem: problem.line)
-    return problems, None if problems else config
+        return None
 
 
 def locate(message: str, path: Path) -> Problem:
     """A problem that was found elsewhere, where its message begins with a key of the file."""
     root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    return _located(message, list(_entries(root, (), [])) if isinstance(root, yaml.MappingNode) else [])
+    sections = _sections(root) if isinstance(root, yaml.MappingNode) else []
+    return _located(message, [entry for section in sections for entry in _entries(section, (), [])])
 
 
 def _entries(node: yaml.MappingNode, prefix: tuple[str, ...], problems: list[Problem]) -> Iterator[_Entry]:

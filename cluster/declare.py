@@ -43,13 +43,14 @@ def group(args: dict[str, Any]) -> serve.Application:
 
 
 def router(args: dict[str, Any]) -> serve.Application:
-    """Routers and coordinator. Arguments: ``config``, and ``actor`` as of `group`, for the routers.
+    """Routers and coordinator. Arguments: ``config``, and as of `group` ``actor``, for the routers, and
+    ``group_actor``, for groups that `expertmesh scale` adds.
 
     Raises:
         ConfigError: names the argument or key that is wrong.
     """
     plan, actor = _read(args, "router")
-    return router_application(plan, gpus_each(plan), hosts_alive(), actor)
+    return router_application(plan, gpus_each(plan), hosts_alive(), actor, _actor(args, "group_actor"))
 
 
 def _builder(plan: Plan, actor: Mapping[str, Any]) -> GroupBuilder:
@@ -57,23 +58,30 @@ def _builder(plan: Plan, actor: Mapping[str, Any]) -> GroupBuilder:
 
 
 def _read(args: Mapping[str, Any], kind: str) -> tuple[Plan, dict[str, Any]]:
-    known = ("config", "actor", "group") if kind == "group" else ("config", "actor")
+    known = ("config", "actor", "group") if kind == "group" else ("config", "actor", "group_actor")
     for name in args:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
             raise ConfigError(f"args: unknown argument {name!r}{hint}")
-    given, actor = args.get("config") or {}, args.get("actor") or {}
-    if not isinstance(given, Mapping) or not isinstance(actor, Mapping):
-        raise ConfigError("args: config and actor must be sections with keys")
-    for name in actor:
-        if name not in _ACTOR_KEYS:
-            raise ConfigError(f"actor: unknown key {name!r}; known keys: {', '.join(_ACTOR_KEYS)}")
+    given, actor = args.get("config") or {}, _actor(args, "actor")
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config: got {given!r}; must be a section with keys")
     # This machine's EXPERTMESH_* are not read: which host builds an application is chance.
     config = load_config(flags=given, environ={})
     if config.model and not Path(config.model).is_absolute():
         raise ConfigError(f"model: got {config.model!r}; must be an absolute path that is there on every host")
-    return make_plan(_with_secret(config)), dict(actor)
+    return make_plan(_with_secret(config)), actor
+
+
+def _actor(args: Mapping[str, Any], name: str) -> dict[str, Any]:
+    given = args.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name}: got {given!r}; must be a section with keys")
+    for key in given:
+        if key not in _ACTOR_KEYS:
+            raise ConfigError(f"{name}: unknown key {key!r}; known keys: {', '.join(_ACTOR_KEYS)}")
+    return dict(given)
 
 
 def _with_secret(config: Config) -> Config:

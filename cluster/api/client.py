@@ -73,7 +73,7 @@ class Client:
         self.address, self._timeout_s, self._resume_s = address, timeout_s, resume_s
         self._tracer = None if tracer is None or tracer.off else tracer
         security = client_security() if security is None else security
-        self._token = bearer(security)
+        self._token, self._tls = bearer(security), bool(security.ca)
         self._doors = [_Door(one.strip(), security) for one in address.split(",") if one.strip()]
         if not self._doors:
             raise ConfigError(f"--server: got {address!r}; must be HOST:PORT, or several with commas")
@@ -205,12 +205,23 @@ class Client:
         code, details = error.code(), error.details() or ""
         if code == grpc.StatusCode.INVALID_ARGUMENT:
             return Refused(details)
-        if code == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
-            return ERROR_BY_CODE["UNAVAILABLE"](
-                f"nobody answers at {self.address}; start a server with `expertmesh serve`, or name it with --server"
-            )
+        if code == grpc.StatusCode.UNAVAILABLE and (hint := self._why_not(details.lower())):
+            return ERROR_BY_CODE["UNAVAILABLE"](hint)
         kind = ERROR_BY_CODE.get(code.name)
         return kind(details) if kind is not None else InternalError(f"{code.name}: {details}")
+
+    def _why_not(self, details: str) -> str:
+        """What a person can do about a connection that does not come about; empty where it is not about that."""
+        if self._tls and any(word in details for word in ("ssl", "tls", "handshake", "certificate")):
+            return (
+                f"{self.address} and this client do not agree on certificates; see EXPERTMESH_CLIENT_CA, CERT, KEY and "
+                "NAME, and whether the server takes TLS"
+            )
+        if not self._tls and any(word in details for word in ("socket closed", "connection reset", "recvmsg")):
+            return f"{self.address} ended the connection; if it wants TLS, set EXPERTMESH_CLIENT_CA"
+        if "failed to connect" in details:
+            return f"nobody answers at {self.address}; start a server with `expertmesh serve`, or name it with --server"
+        return ""
 
 
 def text_request(prompt: str | None, ids: str | None, **fields: Any) -> inference_pb2.GenerateRequest:

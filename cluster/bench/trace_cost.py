@@ -32,19 +32,26 @@ Switch = Callable[[Client, bool], bool]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One round: so many requests, so many of them at a time."""
+    """One round: so many requests, so many of them at a time; in so many slices, which take turns themselves, so that
+    what the machine does in a few seconds meets off and on alike."""
 
     pairs: int = 36
     streams: int = 8
     requests: int = 16
     prompt: int = 32
     new: int = 32
+    slices: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("pairs", 1), ("streams", 1), ("requests", 1), ("prompt", 1), ("new", 1)):
             value = getattr(self, name)
             if value < least:
                 raise InvalidArgument(f"--{name}", value, f"must be at least {least}")
+
+    @property
+    def each(self) -> int:
+        """Requests of a slice."""
+        return max(1, self.requests // self.slices)
 
 
 class Streams:
@@ -75,7 +82,7 @@ class Streams:
 @contextmanager
 def streams_to(address: str, work: Work, vocab_size: int) -> Iterator[Streams]:
     """A client process for the time of the block."""
-    numbers = [str(value) for value in (work.streams, work.requests, work.prompt, work.new, vocab_size)]
+    numbers = [str(value) for value in (work.streams, work.each, work.prompt, work.new, vocab_size)]
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.bench.streams", address, *numbers],
         stdin=subprocess.PIPE,
@@ -110,9 +117,13 @@ def measure(address: str, work: Work, progress: Progress, switch: Switch = set_t
                 streams.round()
                 streams.round()
                 for number in range(work.pairs):
-                    for kind in ORDERS[number % len(ORDERS)]:
-                        switch(client, kind == ALL)
-                        speeds[kind].append(streams.round())
+                    seconds_a_token = dict.fromkeys(speeds, 0.0)
+                    for part in range(work.slices):
+                        for kind in ORDERS[(number * work.slices + part) % len(ORDERS)]:
+                            switch(client, kind == ALL)
+                            seconds_a_token[kind] += 1 / streams.round()
+                    for kind, sum_s in seconds_a_token.items():
+                        speeds[kind].append(work.slices / sum_s)
                     if number % 5 == 4:
                         progress(f"{number + 1} of {work.pairs} pairs: {cost_of(speeds[OFF], speeds[ALL])[0]:+.2f} %")
         finally:

@@ -72,7 +72,8 @@ def failover_cost(
     """Measure what fail-over and hedging cost while nothing fails: throughput with them off and on, in turns."""
     from cluster.bench import trace_cost as benchmark
 
-    work = benchmark.Work(pairs, streams, requests, prompt, new)
+    slices = max(1, requests // max(1, streams))  # one request of each stream at a time
+    work = benchmark.Work(pairs, streams, requests, prompt, new, slices)
     with stopping() as stop, reporting() as progress:
         if server is not None:
             result = benchmark.measure(server, work, progress, benchmark.set_fail_over)

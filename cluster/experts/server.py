@@ -49,6 +49,7 @@ _TAKEN = b"\0"
 _CALL, _CANCEL, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.ORDER)
 ALL_INTERFACES = ("0.0.0.0", "[::]")
 HANDSHAKE_TIMEOUT_S = 5.0
+MAX_CONNECTIONS = 1024
 MAX_STREAMS = 128
 """Each stream holds one thread of the server; a router has one or two."""
 
@@ -300,6 +301,8 @@ class DataPlaneServer:
             options=(
                 *CHANNEL_OPTIONS,
                 ("grpc.so_reuseport", 0),
+                ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+                ("grpc.server_handshake_timeout_ms", int(1e3 * HANDSHAKE_TIMEOUT_S)),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ),
         )

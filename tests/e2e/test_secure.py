@@ -73,8 +73,8 @@ def test_commands_show_what_the_server_wants(secured: Secured) -> None:
         (secured.call(None, "status"), "a token is needed"),
         (secured.call("late", "status"), "expired on 2020-01-02"),
         (secured.call("alice", "scale", "--groups", "3"), "may ask, but not change"),
-        (secured.call("alice", "status", cert=True, key=True), "nobody answers"),
-        (run("status", "--server", secured.process.address), "nobody answers"),
+        (secured.call("alice", "status", cert=True, key=True), "do not agree on certificates"),
+        (run("status", "--server", secured.process.address), "set EXPERTMESH_CLIENT_CA"),
     ]
     for wrong, message in refused:
         assert wrong.returncode == 1, wrong.stderr

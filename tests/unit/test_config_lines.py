@@ -76,6 +76,27 @@ def test_what_is_no_configuration_is_told(tmp_path: Path, text: str, line: int, 
     assert message in found.message + found.key
 
 
+def test_files_for_serve_deploy_are_looked_at_too(tmp_path: Path) -> None:
+    text = """\
+proxy_location: Disabled
+x-config: &config
+  groups: 2
+  coppies: 2
+applications:
+- name: experts-0
+  args: {group: 0, config: *config}
+- name: expertmesh
+  args:
+    config: *config
+- name: other
+  args:
+    config:
+      listen: nowhere
+"""
+    assert [(problem.line, problem.key) for problem in problems(tmp_path, text)] == [(4, "coppies"), (14, "listen")]
+    assert problems(tmp_path, text.replace("coppies", "copies").replace("nowhere", "0.0.0.0:9000")) == []
+
+
 def test_a_good_file_has_none_and_an_empty_one_neither(tmp_path: Path) -> None:
     assert problems(tmp_path, "groups: 3\nengine:\n  max_running: 8\n") == []
     assert problems(tmp_path, "") == []
