@@ -36,7 +36,7 @@ def flooded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
 
 
 class Honest:
-    """A client that asks again and again, on a new connection each time. ``waits``: when, and seconds to first token."""
+    """A client that asks again and again on new connections. ``waits``: when, and seconds to the first token."""
 
     def __init__(self, address: str) -> None:
         self._address, self._stop = address, threading.Event()
