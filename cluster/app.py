@@ -29,11 +29,12 @@ from cluster.control.serve import CoordinatorShell, ServeFleet
 from cluster.core import Deadline, GroupId, GroupInfo, Membership
 from cluster.errors import ConfigError, Unavailable
 from cluster.experts.group import ExpertGroup
-from cluster.experts.kept import keep_plan
+from cluster.experts.kept import basis_of, keep_plan
 from cluster.experts.serve import ExpertsShell
 from cluster.placement.binding import Binding
 from cluster.placement.planner import Holdings, table_from_groups
 from cluster.plan import Plan
+from cluster.settings import LOOPBACK
 from cluster.transport.base import Transport
 from cluster.transport.inproc import InprocTransport
 from cluster.weights.footprint import available_bytes, check_fits
@@ -41,7 +42,6 @@ from cluster.weights.footprint import available_bytes, check_fits
 log = logging.getLogger(__name__)
 
 INGRESS_TIMEOUT_S = 30.0
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 ACTOR_CPUS = 0.05
 """CPUs that Ray books for an actor: little, or a router and its groups would not fit two cores."""
 GRPC_FUNCTIONS = [f"cluster.api.ingress.{name}" for name in ("add_inference", "add_control", "add_health")]
@@ -115,7 +115,11 @@ class RaySession:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._progress("starting a local Ray" if self._local else f"joining Ray at {self._config.address}")
-        options: dict[str, Any] = {"include_dashboard": False} if self._local else {}
+        # Of a local Ray what can be is on loopback. Serve's replicas listen everywhere, whatever one says: Ray's token
+        # keeps strangers out there.
+        options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if self._local else {}
+        if self._local and os.environ.get("RAY_AUTH_MODE", "token") != "token":
+            self._progress("RAY_AUTH_MODE is not token: whoever reaches this machine's ports can run code here")
         if not self._local:
             # `ray start` turns token authentication on wherever this user has a token; `ray.init` with an address does
             # not look for one by itself. A cluster without authentication ignores the token.
@@ -241,7 +245,7 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
             f"data_plane.bind: got {config.data_plane.bind!r}; the cluster has {hosts} hosts, and links between them "
             "need an interface that they reach, such as 0.0.0.0 (EXPERTMESH_DATA_PLANE__BIND=0.0.0.0)"
         )
-    gpus = gpus_each(plan)
+    gpus = _gpus_each(plan)
     taken = applications()
     if taken:
         raise ConfigError(
@@ -274,7 +278,7 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     return deployment
 
 
-def gpus_each(plan: Plan) -> int:
+def _gpus_each(plan: Plan) -> int:
     """1 where the cluster has GPUs (logical ones count), 0 otherwise."""
     have = int(ray.cluster_resources().get("GPU", 0))
     if have == 0 or plan.config.device == "cpu":
@@ -362,7 +366,12 @@ def router_application(
             plan.experts_per_layer,
             list(range(len(plan.holdings))),
             plan.config,
-            ServeFleet(GroupBuilder(plan, gpus, hosts, group_actor or {}), gpus, plan.config.start_timeout_s),
+            ServeFleet(
+                GroupBuilder(plan, gpus, hosts, group_actor or {}),
+                gpus,
+                plan.config.start_timeout_s,
+                basis_of(plan.config),
+            ),
         )
     router = _deployment(
         RouterShell,

@@ -21,6 +21,7 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.settings import (
+    LOOPBACK,
     ClientSecurity,
     DataPlaneConfig,
     EngineConfig,
@@ -173,6 +174,12 @@ class Config:
             raise ConfigError(
                 "front_door: got 'serve'; Ray Serve's ingress knows neither TLS nor tokens: use --front-door router"
             )
+        host, _ = split_address("listen", self.listen)
+        if security.tokens and not (security.tls or security.trust_network or host in LOOPBACK):
+            raise ConfigError(
+                f"security.cert: must be set for tokens on {host}, or they can be read on the way (--trust-network "
+                "where nobody can)"
+            )
         open_kinds = sorted({"gloo", "nccl"} & set(self.transports()))
         if security.tls and open_kinds and not security.trust_network:
             raise ConfigError(
@@ -321,6 +328,16 @@ def client_security(environ: Mapping[str, str] | None = None) -> ClientSecurity:
     return found
 
 
+def config_of(values: Mapping[str, object]) -> Config:
+    """The configuration of a file's content alone.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config: Config = _merge(Config(), values, "configuration")
+    return config
+
+
 def load_config(
     file: Path | None = None,
     flags: Mapping[str, object] | None = None,
@@ -335,7 +352,7 @@ def load_config(
     if file is not None:
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:  # dates that there are not: ValueError
+        except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as exc:  # of dates, some
             raise ConfigError(f"--config: cannot read {str(file)!r}: {' '.join(str(exc).split())}") from exc
         if loaded is None:
             loaded = {}

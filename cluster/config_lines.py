@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cluster.config import Config, load_config
+from cluster.config import Config, config_of
 from cluster.errors import ConfigError
 
 MAX_BYTES = 1024**2
@@ -35,32 +35,32 @@ class _Entry:
     line: int
 
 
-def find_problems(path: Path) -> tuple[list[Problem], Config | None]:
-    """All problems in the order of their lines, and the configuration where there are none. Of a file for
-    `serve deploy`, the configurations of its applications."""
+def find_problems(path: Path) -> tuple[list[Problem], list[Config]]:
+    """All problems in the order of their lines, and the configuration where there are none; of a file for
+    `serve deploy` those of its applications."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            return [Problem(0, "", f"has more than {MAX_BYTES} bytes")], None
+            return [Problem(0, "", f"has more than {MAX_BYTES} bytes")], []
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        return [Problem(0, "", f"cannot be read: {exc}")], None
+        return [Problem(0, "", f"cannot be read: {exc}")], []
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         if root is None:
-            return [], load_config(environ={})
+            return [], [Config()]
         if not isinstance(root, yaml.MappingNode):
-            return [Problem(root.start_mark.line + 1, "", "must hold keys and values")], None
+            return [Problem(root.start_mark.line + 1, "", "must hold keys and values")], []
         problems: list[Problem] = []
         sections = _sections(root)
         found = [list(_entries(section, (), problems)) for section in sections]
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
-        return [Problem(mark.line + 1 if mark else 0, "", f"is not YAML: {exc.problem or exc.context}")], None
+        return [Problem(mark.line + 1 if mark else 0, "", f"is not YAML: {exc.problem or exc.context}")], []
     except (yaml.YAMLError, RecursionError) as exc:
-        return [Problem(0, "", f"is not YAML: {' '.join(str(exc).split())}")], None
+        return [Problem(0, "", f"is not YAML: {' '.join(str(exc).split())}")], []
     configs = [_check(entries, problems) for entries in found]
     problems.sort(key=lambda problem: problem.line)
-    return problems, None if problems or not configs else configs[0]
+    return problems, [] if problems else [config for config in configs if config is not None]
 
 
 def _sections(root: yaml.MappingNode) -> list[yaml.MappingNode]:
@@ -83,7 +83,7 @@ def _check(entries: list[_Entry], problems: list[Problem]) -> Config | None:
     good: dict[str, Any] = {}
     for entry in entries:
         try:
-            load_config(flags=_nested(entry), environ={})
+            config_of(_nested(entry))
         except ConfigError as exc:
             if not _alone(entry, exc):
                 _put(good, entry)  # wrong only without the others
@@ -92,7 +92,7 @@ def _check(entries: list[_Entry], problems: list[Problem]) -> Config | None:
         else:
             _put(good, entry)
     try:
-        return load_config(flags=good, environ={})
+        return config_of(good)
     except ConfigError as exc:
         problems.append(_located(_without_source(exc), entries))
         return None
@@ -108,22 +108,34 @@ def locate(message: str, path: Path) -> Problem:
 def _entries(node: yaml.MappingNode, prefix: tuple[str, ...], problems: list[Problem]) -> Iterator[_Entry]:
     loader = yaml.SafeLoader("")
     seen: dict[str, int] = {}
-    for name_node, value_node in node.value:
+    _check_twice(node, prefix, problems)
+    loader.flatten_mapping(node)  # merges what `<<` names
+    for name_node, value_node in reversed(node.value):  # what is merged comes first, and holds least
         line = name_node.start_mark.line + 1
         name = str(getattr(name_node, "value", name_node))
         key = (*prefix, name)
-        if name in seen:
-            problems.append(Problem(line, ".".join(key), f"is there twice; the first is in line {seen[name]}"))
-        seen.setdefault(name, line)
+        if name in seen:  # told already, or merged and then given anew
+            continue
+        seen[name] = line
         if isinstance(value_node, yaml.MappingNode) and len(prefix) < 8 and value_node.value:
             yield from _entries(value_node, key, problems)
         else:
             try:
                 value = loader.construct_object(value_node, deep=True)
-            except ValueError as exc:  # a date that there is not
+            except (ValueError, OverflowError) as exc:  # a date that there is not
                 problems.append(Problem(line, ".".join(key), f"cannot be read: {exc}"))
                 continue
             yield _Entry(key, value, line)
+
+
+def _check_twice(node: yaml.MappingNode, prefix: tuple[str, ...], problems: list[Problem]) -> None:
+    seen: dict[str, int] = {}
+    for name_node, _ in node.value:
+        name, line = str(getattr(name_node, "value", name_node)), name_node.start_mark.line + 1
+        if name in seen:
+            key = ".".join((*prefix, name))
+            problems.append(Problem(line, key, f"is there twice; the first is in line {seen[name]}"))
+        seen.setdefault(name, line)
 
 
 def _nested(entry: _Entry) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 `expertmesh serve`, declared one by one, so that changing one restarts no other.
 
 ``config`` has the keys of the configuration file and must say the same in all applications of one model. The cluster
-secret, where it names none, is made by whichever is built first and kept in Ray's key-value store.
+secret is made by whichever is built first and kept in Ray's key-value store.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from cluster.app import GroupBuilder, gpus_each, hosts_alive, router_application
-from cluster.config import Config, load_config
+from cluster.app import GroupBuilder, hosts_alive, router_application
+from cluster.config import Config, config_of
 from cluster.errors import ConfigError
 from cluster.plan import Plan, make_plan
 
@@ -50,11 +51,19 @@ def router(args: dict[str, Any]) -> serve.Application:
         ConfigError: names the argument or key that is wrong.
     """
     plan, actor = _read(args, "router")
-    return router_application(plan, gpus_each(plan), hosts_alive(), actor, _actor(args, "group_actor"))
+    return router_application(plan, _gpus(plan, actor), hosts_alive(), actor, _actor(args, "group_actor"))
 
 
 def _builder(plan: Plan, actor: Mapping[str, Any]) -> GroupBuilder:
-    return GroupBuilder(plan, gpus_each(plan), hosts_alive(), actor)
+    return GroupBuilder(plan, _gpus(plan, actor), hosts_alive(), actor)
+
+
+def _gpus(plan: Plan, actor: Mapping[str, Any]) -> int:
+    """Of each process. Applications are built when hosts may not be there yet, so what is asked for counts, and only
+    with ``device: auto`` what the cluster has now."""
+    if plan.config.device == "auto" and "num_gpus" not in actor:
+        return int(ray.cluster_resources().get("GPU", 0) > 0)
+    return int(actor.get("num_gpus", plan.config.device == "cuda"))
 
 
 def _read(args: Mapping[str, Any], kind: str) -> tuple[Plan, dict[str, Any]]:
@@ -68,10 +77,14 @@ def _read(args: Mapping[str, Any], kind: str) -> tuple[Plan, dict[str, Any]]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"config: got {given!r}; must be a section with keys")
     # This machine's EXPERTMESH_* are not read: which host builds an application is chance.
-    config = load_config(flags=given, environ={})
+    config = config_of(given)
+    if config.data_plane.secret:
+        raise ConfigError(
+            "data_plane.secret: Serve logs arguments, so leave it out: one is made, and kept in Ray's store"
+        )
     if config.model and not Path(config.model).is_absolute():
         raise ConfigError(f"model: got {config.model!r}; must be an absolute path that is there on every host")
-    return make_plan(_with_secret(config)), actor
+    return make_plan(_with_secret(config), elsewhere=True), actor
 
 
 def _actor(args: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -85,11 +98,9 @@ def _actor(args: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _with_secret(config: Config) -> Config:
-    if config.data_plane.secret:
-        return config
     _internal_kv_put(_SECRET_KEY, secrets.token_hex(16).encode(), overwrite=False)
     kept = _internal_kv_get(_SECRET_KEY)
     if not kept:
-        raise ConfigError("data_plane.secret: Ray's key-value store does not keep it; set one")
+        raise ConfigError("data_plane.secret: Ray's key-value store does not keep it")
     data_plane = dataclasses.replace(config.data_plane, secret=kept.decode())
     return dataclasses.replace(config, data_plane=data_plane)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cluster.api.tokens import TokenFile
 from cluster.config import Config
 from cluster.errors import ConfigError, InvalidArgument
 from cluster.placement.layout import holdings_from_slots
@@ -41,8 +42,9 @@ class Plan:
         return self.config.groups == 0 or "inproc" in self.config.transports()
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, elsewhere: bool = False) -> Plan:
     """Opens the checkpoint, refuses what cannot be served, places experts and adds up bytes. Loads no weights.
+    ``elsewhere``: this machine may be another one than those that will serve.
 
     Raises:
         CheckpointError, UnsupportedModel, ConfigError: with the reason in one line.
@@ -56,9 +58,11 @@ def make_plan(config: Config) -> Plan:
     if not config.data_plane.secret:
         data_plane = dataclasses.replace(config.data_plane, secret=secrets.token_hex(16))
         config = dataclasses.replace(config, data_plane=data_plane)
-    if config.device == "cuda" and not torch.cuda.is_available() and not config.address:
+    if config.device == "cuda" and not torch.cuda.is_available() and not (config.address or elsewhere):
         raise ConfigError("device: got 'cuda'; torch finds no GPU on this machine")
     check_files(config.security)
+    if config.security.tokens:
+        TokenFile(config.security.tokens)
     checkpoint = Checkpoint(config.model)
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, torch.cuda.is_available() and config.device != "cpu")
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, dtype))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -77,7 +79,8 @@ class SecurityConfig:
     tokens: str = ""
     """File of bearer tokens that clients must send one of, as `expertmesh token` writes it; empty: they need none."""
     trust_network: bool = False
-    """Allows gloo and NCCL, which can be neither encrypted nor authenticated, beside TLS."""
+    """The network is this cluster's alone. Allows gloo and NCCL, which can be neither encrypted nor authenticated,
+    beside TLS, and tokens without TLS on other interfaces than loopback."""
     max_connections: int = 16384
     """Connections to the client port at a time; more are closed at once."""
     handshake_s: float = 10.0
@@ -105,6 +108,8 @@ class ClientSecurity:
     """Bearer token."""
     token_file: str = ""
     """File with the bearer token, instead."""
+    trust_network: bool = False
+    """Sends the token without TLS, too."""
 
 
 @dataclass(frozen=True, slots=True)

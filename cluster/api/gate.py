@@ -11,14 +11,14 @@ from typing import Any
 
 import grpc
 
-from cluster.api.tokens import Grant, Limits, TokenFile
+from cluster.api.tokens import Limits, TokenFile
 from cluster.core import Clock
 from cluster.errors import ExpertMeshError
 
 log = logging.getLogger(__name__)
 
 LOG_PERIOD_S = 1.0
-OPEN_SERVICES = ("grpc.health.v1.Health",)
+OPEN_METHODS = ("/grpc.health.v1.Health/Check",)
 """Probes of orchestrators have no token, and learn nothing but SERVING."""
 CHANGES = ("SetTracing", "SetFailOver", "ChangePlacement")
 """Methods of Control that change the system."""
@@ -39,23 +39,24 @@ class Gate(grpc.aio.ServerInterceptor):
     ) -> Any:
         """See `grpc.aio.ServerInterceptor`."""
         handler = await continuation(details)
-        service, _, method = details.method.lstrip("/").partition("/")
-        if self._tokens is None or handler is None or service in OPEN_SERVICES:
+        if self._tokens is None or handler is None or details.method in OPEN_METHODS:
             return handler
         token = _bearer(details.invocation_metadata)
-        tokens = self._tokens
+        try:
+            found = self._tokens.grant(token) if token else None
+            grant = self._limits.admit(found, bool(token), details.method.rpartition("/")[2] in CHANGES)
+        except ExpertMeshError as exc:
+            self._refuse(exc, details.method)
+            return _refusal(exc)
 
-        def enter() -> Grant:
-            grant = tokens.grant(token) if token else None
+        def enter() -> None:
             try:
-                self._limits.enter(grant, bool(token), method in CHANGES)
+                self._limits.enter(grant)
             except ExpertMeshError as exc:
                 self._refuse(exc, details.method)
                 raise
-            assert grant is not None
-            return grant
 
-        return _guarded(handler, enter, self._limits.leave)
+        return _guarded(handler, enter, lambda: self._limits.leave(grant))
 
     def _refuse(self, error: ExpertMeshError, method: str) -> None:
         self.refused[error.code] += 1
@@ -74,35 +75,43 @@ def _bearer(metadata: Any) -> str:
     return ""
 
 
-def _guarded(handler: Any, enter: Callable[[], Grant], leave: Callable[[Grant], None]) -> Any:
+def _refusal(error: ExpertMeshError) -> Any:
+    """A handler that says no. Of a kind that reads nothing first: what strangers send is not even received."""
+
+    async def refuse(_requests: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode[error.code], str(error))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _guarded(handler: Any, enter: Callable[[], None], leave: Callable[[], None]) -> Any:
     """The handler, with `enter` before each of its calls and `leave` after those that came in."""
 
-    async def come_in(context: Any) -> Grant:
+    async def come_in(context: Any) -> None:
         try:
-            return enter()
+            enter()
         except ExpertMeshError as exc:
             await context.abort(grpc.StatusCode[exc.code], str(exc))
-            raise AssertionError("unreachable") from exc
 
     def unary(behavior: Any) -> Any:
         async def answer(request: Any, context: Any) -> Any:
-            grant = await come_in(context)
+            await come_in(context)
             try:
                 return await behavior(request, context)
             finally:
-                leave(grant)
+                leave()
 
         return answer
 
     def streaming(behavior: Any) -> Any:
         async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
-            grant = await come_in(context)
+            await come_in(context)
             try:
                 async with aclosing(behavior(request, context)) as messages:
                     async for message in messages:
                         yield message
             finally:
-                leave(grant)
+                leave()
 
         return answer
 

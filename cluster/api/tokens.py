@@ -10,6 +10,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from cluster.errors import ConfigError, Forbidden, Overloaded, Unauthenticated
 PREFIX = "emt_"
 """Begins each token, so that scanners of repositories and logs find those that were leaked."""
 CHECK_PERIOD_S = 1.0
-MAX_FILE_BYTES = 4 * 1024**2
+MAX_FILE_BYTES = 1024**2
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEYS = ("name", "sha256", "expires", "requests_per_minute", "concurrent", "control")
 
 
@@ -56,9 +58,12 @@ def parse_grants(text: str, where: str) -> dict[str, Grant]:
         ConfigError: names entry and key that are wrong.
     """
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # dates that there are not are ValueErrors
-        raise ConfigError(f"security.tokens: {where} is not YAML: {' '.join(str(exc).split())}") from exc
+        content = yaml.load(text, _LOADER)
+    except yaml.MarkedYAMLError as exc:  # its own text shows the line, and there may be a token in it
+        line = exc.problem_mark.line + 1 if exc.problem_mark else 0
+        raise ConfigError(f"security.tokens: {where} is not YAML: line {line}: {exc.problem}") from exc
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as exc:  # of dates that there are not, too
+        raise ConfigError(f"security.tokens: {where} is not YAML ({type(exc).__name__})") from exc
     entries = content.get("tokens") if isinstance(content, Mapping) else None
     if not isinstance(entries, list):
         raise ConfigError(f"security.tokens: {where} must hold a list named tokens")
@@ -101,13 +106,15 @@ def _expiry(value: Any, where: str) -> float:
     if value is None:
         return float("inf")
     if isinstance(value, str):
-        try:
-            value = datetime.datetime.fromisoformat(value)
-        except ValueError:
-            value = None
-    if isinstance(value, datetime.datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
-    if isinstance(value, datetime.date):
+        for read in (datetime.date.fromisoformat, datetime.datetime.fromisoformat):
+            with suppress(ValueError):
+                value = read(value)
+                break
+    if isinstance(value, datetime.date) and value.year >= datetime.MAXYEAR:
+        return float("inf")
+    if isinstance(value, datetime.date) and value.year > 1:
+        if isinstance(value, datetime.datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
         day = datetime.datetime.combine(value, datetime.time(), datetime.UTC) + datetime.timedelta(days=1)
         return day.timestamp()
     raise ConfigError(f"{where}: expires: must be a date or time, such as 2030-01-31 or 2030-01-31T12:00:00Z")
@@ -123,7 +130,7 @@ class TokenFile:
 
     def __init__(self, path: str, clock: Clock = time.monotonic) -> None:
         self._path, self._clock = Path(path), clock
-        self._stamp: tuple[int, int, int] | None = None
+        self._seen: tuple[int, int, int] | None = None
         self._looked_s = clock()
         self.problem = ""
         self._grants = self._read()
@@ -133,7 +140,7 @@ class TokenFile:
         if self._clock() - self._looked_s >= CHECK_PERIOD_S:
             self._looked_s = self._clock()
             try:
-                self._grants, self.problem = self._read(), ""
+                self._grants = self._read()
             except ConfigError as exc:
                 self.problem = str(exc)
         # Looked up by digest: how long that takes tells nothing about tokens.
@@ -143,15 +150,16 @@ class TokenFile:
         try:
             about = self._path.stat()
             stamp = about.st_ino, about.st_size, about.st_mtime_ns
-            if stamp == self._stamp:
+            if stamp == self._seen:  # good or bad, it is what it was
                 return self._grants
+            self._seen = stamp
             if about.st_size > MAX_FILE_BYTES:
                 raise ConfigError(f"security.tokens: {self._path} has {about.st_size} bytes; at most {MAX_FILE_BYTES}")
             text = self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"security.tokens: cannot read {str(self._path)!r}: {exc}") from exc
         grants = parse_grants(text, str(self._path))
-        self._stamp = stamp
+        self.problem = ""
         return grants
 
 
@@ -165,19 +173,19 @@ class _Use:
 
 
 class Limits:
-    """What each name uses. Not thread-safe: one event loop asks."""
+    """What each name uses, in this router. Not thread-safe: one event loop asks."""
 
     def __init__(self, clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
         self._clock, self._wall = clock, wall
         self._uses: dict[str, _Use] = {}
 
-    def enter(self, grant: Grant | None, sent: bool, control: bool) -> None:
-        """A call begins; `leave` must follow.
+    def admit(self, grant: Grant | None, sent: bool, control: bool) -> Grant:
+        """Whose call it is that wants to come in.
 
         Raises:
             Unauthenticated: nothing was ``sent``, or nobody's token, or one that has expired.
             Forbidden: it changes the system (``control``) and the token may not.
-            Overloaded: too many at once, or in this minute.
+            Overloaded: too many in this minute, or at once.
         """
         if grant is None:
             raise Unauthenticated(
@@ -192,8 +200,7 @@ class Limits:
         use = self._uses.get(grant.name)
         if use is None:
             use = self._uses[grant.name] = _Use(left=grant.requests_per_minute, filled_s=now_s)
-        if grant.concurrent and use.running >= grant.concurrent:
-            raise Overloaded(f"{grant.name} has {use.running} calls running, which is its limit; retry later")
+        self._check_running(grant, use)
         if grant.requests_per_minute:
             per_s = grant.requests_per_minute / 60
             use.left = min(float(grant.requests_per_minute), use.left + (now_s - use.filled_s) * per_s)
@@ -204,7 +211,22 @@ class Limits:
                     f"{(1 - use.left) / per_s:.1f} s"
                 )
             use.left -= 1
+        return grant
+
+    def enter(self, grant: Grant) -> None:
+        """A call that was admitted begins; `leave` must follow.
+
+        Raises:
+            Overloaded: others of the same name began meanwhile.
+        """
+        use = self._uses[grant.name]
+        self._check_running(grant, use)
         use.running += 1
+
+    @staticmethod
+    def _check_running(grant: Grant, use: _Use) -> None:
+        if grant.concurrent and use.running >= grant.concurrent:
+            raise Overloaded(f"{grant.name} has {use.running} calls running, which is its limit; retry later")
 
     def leave(self, grant: Grant) -> None:
         """A call that entered is over."""

@@ -23,13 +23,13 @@ def check(
     from cluster.errors import ExpertMeshError
     from cluster.plan import make_plan
 
-    problems, config = find_problems(file)
-    if config is not None and files:
+    problems, configs = find_problems(file)
+    for config in configs if files else []:
         try:
             make_plan(config)
         except ExpertMeshError as exc:
             found = locate(str(exc), file)
-            problems = [found if found.line else dataclasses.replace(found, key=found.key or "model")]
+            problems.append(found if found.line else dataclasses.replace(found, key=found.key or "model"))
     if as_json:
         emit({"file": str(file), "ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,12 +45,17 @@ def token(
     try:
         if file.exists():
             before = file.read_text(encoding="utf-8")
-            if any(grant.name == name for grant in parse_grants(before, str(file)).values()):
+            known = parse_grants(before, str(file)) if before.strip() else {}
+            if any(grant.name == name for grant in known.values()):
                 raise ConfigError(f"NAME: {name!r} has a token in {file} already; take that entry out first")
-        # Appended as text: comments of whoever keeps the file stay.
-        text = (before.rstrip("\n") or "tokens:") + "\n" + yaml.safe_dump([entry], sort_keys=False)
-        parse_grants(text, str(file))
-        _replace(file, text)
+        text = _appended(before, entry)
+        try:
+            parse_grants(text, str(file))
+        except ConfigError as exc:
+            raise ConfigError(
+                f"--file: {file} must be a list with one entry below the other to be added to: {exc}"
+            ) from exc
+        _replace(file.resolve(), text)
     except OSError as exc:
         raise ConfigError(f"--file: cannot write {str(file)!r}: {exc.strerror}") from exc
     if as_json:
@@ -63,13 +69,25 @@ def token(
     )
 
 
+def _appended(before: str, entry: dict[str, Any]) -> str:
+    """As text, so that comments of whoever keeps the file stay, indented as its last entry is."""
+    added = yaml.safe_dump([entry], sort_keys=False)
+    if not before.strip() or before.split() == ["tokens:", "[]"]:
+        return "tokens:\n" + added
+    starts = [line for line in before.splitlines() if line.lstrip().startswith("- ")]
+    indent = starts[-1][: len(starts[-1]) - len(starts[-1].lstrip())] if starts else ""
+    return before.rstrip("\n") + "\n" + textwrap.indent(added, indent)
+
+
 def _replace(file: Path, text: str) -> None:
     """In one step: servers that read the file now see all of it or nothing of it."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
+    about = file.stat() if file.exists() else None
     try:
-        scratch.touch(mode)
+        scratch.touch(about.st_mode & 0o777 if about else 0o600)
         scratch.write_text(text, encoding="utf-8")
+        if about is not None:  # the server's user must still be able to read it
+            os.chown(scratch, about.st_uid, about.st_gid)
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)

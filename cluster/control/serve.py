@@ -22,7 +22,7 @@ from cluster.control.receipts import Receipt
 from cluster.control.routers import Routers
 from cluster.core import GroupId, GroupInfo, Membership
 from cluster.errors import ConfigError, ExpertMeshError, Unavailable
-from cluster.experts.kept import keep_plan, kept_plan
+from cluster.experts.kept import basis_of, keep_plan, kept_plan
 from cluster.placement.layout import balancedness
 from cluster.placement.planner import Holdings
 from cluster.routing.report import RouterReport
@@ -84,6 +84,8 @@ class ServeFleet:
     build: BuildGroup
     gpus: int
     start_timeout_s: float
+    basis: str
+    """What plans are kept for."""
 
     def start(self, group: GroupId, holdings: Holdings) -> None:
         """See `cluster.control.executor.Fleet`."""
@@ -103,7 +105,7 @@ class ServeFleet:
 
     def keep_plan(self, plan: str) -> None:
         """See `cluster.control.executor.Fleet`."""
-        _typed(lambda: keep_plan(plan))
+        _typed(lambda: keep_plan(plan, self.basis))
 
 
 def _typed(call: Callable[[], T]) -> T:
@@ -142,7 +144,7 @@ class CoordinatorShell:
     ) -> None:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
         self._window_s = config.placement.window_s
-        plan = kept_plan(len(experts_per_layer))  # of a coordinator before this one
+        plan = kept_plan(len(experts_per_layer), basis_of(config))  # of a coordinator before this one
         members = groups if plan is None else fleet.groups()
         epoch = next_epoch()
         self._coordinator = Coordinator(experts_per_layer, members, partial(ask_group, epoch), epoch)
@@ -161,7 +163,10 @@ class CoordinatorShell:
             self._changes.begin()
         else:
             self._changes.adopt({group: held for group, held in plan.items() if group in members})
-            self._coordinator.start(RESTART_S, without=True)
+            self._coordinator.poll()
+            # Where nobody answers, all are new: after `serve shutdown`, or a head that was lost.
+            begun = bool(self._coordinator.membership().groups)
+            self._coordinator.start(RESTART_S if begun else config.start_timeout_s, without=True)
         self._changes.start()
 
     def membership(self, report: RouterReport | None = None) -> Membership:

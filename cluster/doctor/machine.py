@@ -18,6 +18,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from cluster.doctor.findings import FAIL, OK, SKIP, WARN, Finding
+from cluster.errors import ConfigError
 from cluster.placement.numa import read_topology
 from cluster.settings import SecurityConfig
 
@@ -217,7 +218,11 @@ def _certificates(security: SecurityConfig) -> Iterator[Finding]:
 
     from cluster.transport.credentials import check_files
 
-    check_files(security)
+    try:
+        check_files(security)
+    except ConfigError as exc:
+        yield Finding("certificates", FAIL, str(exc), "they must be PEM, fit together, and be there on every host")
+        return
     for name in ("cert", "ca", "client_ca"):
         path = getattr(security, name)
         if not path:

@@ -10,8 +10,7 @@ from cluster.api.ports import check_port
 from cluster.config import Config, split_address
 from cluster.doctor.findings import FAIL, OK, WARN, Finding
 from cluster.errors import ConfigError
-
-LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
+from cluster.settings import LOOPBACK
 
 
 def check_ports(config: Config) -> Iterator[Finding]:
@@ -33,6 +32,12 @@ def check_ports(config: Config) -> Iterator[Finding]:
     if config.data_plane.bind not in LOOPBACK and not config.security.tls:
         found = f"links on {config.data_plane.bind} are plain text, and so is the cluster secret on them"
         yield Finding("exposure", WARN, found, "set security.cert, key and ca, or use a network of their own")
+    if config.front_door == "serve":
+        found = f"Serve's ingress takes plain text from everybody on all interfaces, port {port}"
+        yield Finding("exposure", WARN, found, "use --front-door router, or a firewall")
+    metrics = config.telemetry.metrics_listen
+    if metrics not in ("auto", "off") and split_address("telemetry.metrics_listen", metrics)[0] not in LOOPBACK:
+        yield Finding("exposure", WARN, f"{metrics} shows metrics to everybody", "put a proxy or a firewall in front")
     try:
         socket.getaddrinfo(socket.gethostname(), None)
         yield Finding("name", OK, f"{socket.gethostname()} resolves")

@@ -11,7 +11,7 @@ from cluster.config import Config
 from cluster.core import GroupId, GroupInfo
 from cluster.errors import Unavailable
 from cluster.experts.group import ExpertGroup, own_gpu
-from cluster.experts.kept import kept_plan
+from cluster.experts.kept import basis_of, kept_plan
 from cluster.placement.binding import Binding
 from cluster.placement.planner import Holdings
 from cluster.telemetry import logs
@@ -28,7 +28,7 @@ class ExpertsShell:
         binding = Binding.of_group(config.numa, group, groups, gpu, hosts)
         threads = config.threads or binding.threads(threads)
         host_address = ray.util.get_node_ip_address()
-        planned = (kept_plan(len(holdings)) or {}).get(group, ())
+        planned = (kept_plan(len(holdings), basis_of(config)) or {}).get(group, ())
         if any(planned):  # a drained group starts as it would have, and is emptied then: it must be able to come back
             holdings = planned
         self._group = ExpertGroup(group, holdings, config, threads, host_address=host_address, binding=binding)

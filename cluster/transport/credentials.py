@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ConfigError
-from cluster.settings import ClientSecurity, SecurityConfig
+from cluster.settings import LOOPBACK, ClientSecurity, SecurityConfig
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +80,17 @@ class ServerCertificates:
         cert, key, *authorities = (read_pem(str(path)) for path in self._files)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self._files[0], self._files[1])
+            context.load_cert_chain(self._files[0], self._files[1], _no_password)
             if authorities:
                 context.load_verify_locations(cadata=authorities[0].decode("ascii", "replace"))
         except (ssl.SSLError, OSError) as exc:
             names = ", ".join(map(str, self._files))
             raise ConfigError(f"security: {names} do not go together or are damaged: {exc}") from exc
         return grpc.ssl_server_certificate_configuration([(key, cert)], authorities[0] if authorities else None)
+
+
+def _no_password() -> str:
+    raise ConfigError("security.key: it is encrypted, and nobody is there to type its password; decrypt the file")
 
 
 def read_pem(path: str) -> bytes:
@@ -133,6 +137,7 @@ def client_channel(address: str, security: ClientSecurity, options: Options) -> 
         ConfigError: a file cannot be read.
     """
     if not security.ca:
+        _check_plain(address, security)
         return grpc.insecure_channel(address, options=options)
     credentials, options = _credentials(security.ca, security.cert, security.key, security.name, options)
     return grpc.secure_channel(address, credentials, options=options)
@@ -160,9 +165,20 @@ def aio_client_channel(address: str, security: ClientSecurity, options: Options)
         ConfigError: a file cannot be read.
     """
     if not security.ca:
+        _check_plain(address, security)
         return grpc.aio.insecure_channel(address, options=options), bearer(security)
     credentials, options = _credentials(security.ca, security.cert, security.key, security.name, options)
     return grpc.aio.secure_channel(address, credentials, options=options), bearer(security)
+
+
+def _check_plain(address: str, security: ClientSecurity) -> None:
+    """A token is not shown to whoever happens to answer."""
+    host = address.rpartition(":")[0]
+    if (security.token or security.token_file) and host not in LOOPBACK and not security.trust_network:
+        raise ConfigError(
+            f"EXPERTMESH_CLIENT_CA: must be set to send a token to {host}, or the token can be read on the way "
+            "(EXPERTMESH_CLIENT_TRUST_NETWORK=true where nobody can)"
+        )
 
 
 def _credentials(ca: str, cert: str, key: str, name: str, options: Options) -> tuple[grpc.ChannelCredentials, Options]:

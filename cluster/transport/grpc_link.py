@@ -15,7 +15,7 @@ import grpc
 import torch
 
 from cluster.core import Deadline, GroupId, LayerCall, Order
-from cluster.errors import DeadlineExceeded, ExpertMeshError, LinkBroken, LinkRefused
+from cluster.errors import ConfigError, DeadlineExceeded, ExpertMeshError, LinkBroken, LinkRefused
 from cluster.rpc.v1 import links_pb2
 from cluster.settings import SecurityConfig
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
@@ -97,7 +97,10 @@ class GrpcTransport:
         greeting.CopyFrom(hello)
         greeting.protocol, greeting.payload = PROTOCOL_VERSION, payload
         greeting.generation = uuid.uuid4().hex if payload else ""
-        self._channel = link_channel(address, security or SecurityConfig(), CHANNEL_OPTIONS)
+        try:
+            self._channel = link_channel(address, security or SecurityConfig(), CHANNEL_OPTIONS)
+        except ConfigError as exc:  # files that are being replaced: the next attempt may find them
+            raise LinkBroken(f"group {group} at {address}: {exc}") from exc
         self._outbox.put(encode_hello(greeting))
         call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
         self._stream = call(iter(self._outbox.get, None))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import COMMAND, ServeProcess, last_json, run, run_here
+from tests.e2e.processes import COMMAND, ServeProcess, descendants, last_json, run, run_here
 from tests.pki import Pki
 
 
@@ -23,12 +23,14 @@ class Secured:
         self.token_files = {name: self._token(folder, name, *flags) for name, flags in USERS.items()}
         cert, key = mesh.issue("127.0.0.1")
         own_cert, own_key = people.issue("alice@example.test")
+        os.environ["EXPERTMESH_DATA_PLANE__SECRET"] = SECRET
         self.client = {"CA": mesh.ca, "CERT": own_cert, "KEY": own_key}
         self.process = ServeProcess(
             *("--groups", "2", "--dtype", "fp32", "--transport", "grpc"),
             *("--cert", cert, "--key", key, "--ca", mesh.ca, "--client-ca", people.ca, "--tokens", str(self.tokens)),
             log=folder / "log",
         )
+        del os.environ["EXPERTMESH_DATA_PLANE__SECRET"]
         self.log = folder / "log"
 
     def _token(self, folder: Path, name: str, *flags: str) -> str:
@@ -53,6 +55,7 @@ class Secured:
         )
 
 
+SECRET = "a-secret-that-no-log-may-have"
 USERS = {"alice": (), "root": ("--control",), "late": ("--expires", "2020-01-01")}
 
 
@@ -90,4 +93,16 @@ def test_nothing_secret_is_shown(secured: Secured) -> None:
     shown = secured.call("root", "status").stdout + json.dumps(last_json(secured.call("root", "status", "--json")))
     shown += secured.log.read_text() + secured.tokens.read_text()
     assert "client port: TLS, clients' certificates, tokens" in shown
-    assert not any(secret in shown for secret in secrets)
+    assert not any(secret in shown for secret in [*secrets, SECRET])
+    # Logs of all processes: Ray's daemons, Serve's controller, router and groups.
+    session = next(
+        argument.partition("=")[2]
+        for process in descendants(secured.process.process.pid)
+        for argument in process.cmdline()
+        if argument.startswith("--session_dir=")
+    )
+    logs = [file for file in (Path(session) / "logs").rglob("*") if file.is_file()]
+    texts = [file.read_text(errors="replace") for file in logs]
+    assert any("refused a call" in text for text in texts), "these are the logs"
+    found = [str(file) for file, text in zip(logs, texts, strict=True) if any(s in text for s in [*secrets, SECRET])]
+    assert not found

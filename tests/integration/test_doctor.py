@@ -59,7 +59,7 @@ def test_certificates_that_end_are_found(tmp_path: Path) -> None:
     good = SecurityConfig(cert=cert, key=key)
     assert states(list(machine._certificates(good))) == {"certificates": "ok"}
     found = states(machine.check_machine(SecurityConfig(cert=cert, key=cert)))
-    assert found["certificates"] == "skip"  # and says what is wrong with them
+    assert found["certificates"] == "fail"
 
 
 def test_ports_and_what_is_open_to_the_network() -> None:
@@ -71,5 +71,7 @@ def test_ports_and_what_is_open_to_the_network() -> None:
         check_ports(load_config(flags={"listen": "0.0.0.0:0", "data_plane": {"bind": "0.0.0.0"}}, environ={}))
     )
     assert sum(finding.check == "exposure" for finding in findings) == 3
+    served = load_config(flags={"front_door": "serve", "telemetry": {"metrics_listen": "0.0.0.0:9464"}}, environ={})
+    assert sum(finding.check == "exposure" for finding in check_ports(served)) == 2
     assert not any(finding.check == "exposure" for finding in check_ports(load_config(environ={})))
     assert states(list(check_ray("10.0.0.1:6379"))).get("ray_token") in ("ok", "warn")

@@ -6,6 +6,7 @@ import dataclasses
 import random
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,12 +134,21 @@ def test_what_does_not_go_together_is_refused_at_start(mesh: Pki) -> None:
         ({"security": {"client_ca": mesh.ca}}, "security.client_ca"),
         ({"security": tls, "front_door": "serve"}, "front_door"),
         ({"security": {"tokens": "tokens.yaml"}, "front_door": "serve"}, "front_door"),
+        ({"security": {"tokens": "tokens.yaml"}, "listen": "0.0.0.0:9000"}, "security.cert"),
         ({"security": tls, "data_plane": {"transport": "gloo"}}, "data_plane.transport.*--trust-network"),
     ]
     for flags, message in wrong:
         with pytest.raises(ConfigError, match=message):
             load_config(flags=flags, environ={})
     load_config(flags={"security": {**tls, "trust_network": True}, "data_plane": {"transport": "gloo"}}, environ={})
+
+
+def test_a_token_is_not_sent_in_plain_text_over_a_network() -> None:
+    with pytest.raises(ConfigError, match="EXPERTMESH_CLIENT_CA"):
+        Client("10.0.0.1:9000", security=ClientSecurity(token="emt_x"))
+    for security in (ClientSecurity(token="emt_x", trust_network=True), ClientSecurity()):
+        with Client("10.0.0.1:9000", security=security):
+            pass
 
 
 def test_secrets_are_not_shown() -> None:
@@ -268,6 +278,27 @@ def test_who_has_a_good_token_comes_in(guarded: Guarded) -> None:
         assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+def test_strangers_are_refused_before_they_have_said_anything(guarded: Guarded) -> None:
+    """What they would send is not even received: the refusal comes while they still hold it back."""
+    with grpc.insecure_channel(guarded.door.address) as channel:
+        for path in (
+            "/cluster.rpc.v1.Inference/Tokenize",
+            "/cluster.rpc.v1.Inference/Generate",
+            "/grpc.health.v1.Health/Watch",
+        ):
+            held = threading.Event()
+
+            def nothing(held: threading.Event = held) -> Iterator[bytes]:
+                held.wait(20)
+                yield b""
+
+            call = channel.stream_stream(path)(nothing(), timeout=15)
+            with pytest.raises(grpc.RpcError) as error:
+                next(call)
+            held.set()
+            assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_tokens_have_limits(guarded: Guarded) -> None:
     with guarded.client("slow") as client:
         for _ in range(3):
@@ -374,10 +405,17 @@ def test_connections_are_bounded(router: Router) -> None:
             with pytest.raises(grpc.RpcError) as error:
                 check(health_pb2.HealthCheckRequest(), timeout=0.3)
             assert error.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        for channel in channels[:10]:
+        for channel in channels[10:]:
             channel.close()
-        with impatient(door.address, ClientSecurity()) as client:
-            client.status()
+        with Client(door.address, timeout_s=30, security=ClientSecurity()) as client:
+            limit = time.monotonic() + 20
+            while True:  # the server has to notice that there is room
+                try:
+                    client.status()
+                    break
+                except Unavailable:
+                    assert time.monotonic() < limit
+                    time.sleep(0.1)
     finally:
         for channel in channels:
             channel.close()

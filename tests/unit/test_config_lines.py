@@ -68,6 +68,8 @@ def test_what_does_not_go_together_is_told_where_it_stands(tmp_path: Path) -> No
         ("groups: !!python/object/apply:os.system [true]\n", 1, "is not YAML"),
         ("engine: {max_running: {a: 1}}\n", 1, "max_running"),
         ("groups: 2\nmodel: 2030-13-01\n", 2, "month"),
+        ("groups: 2\nengine:\n", 2, "must be a section"),
+        ("groups:\n", 1, "must be of type int"),
     ],
 )
 def test_what_is_no_configuration_is_told(tmp_path: Path, text: str, line: int, message: str) -> None:
@@ -94,6 +96,9 @@ applications:
       listen: nowhere
 """
     assert [(problem.line, problem.key) for problem in problems(tmp_path, text)] == [(4, "coppies"), (14, "listen")]
+    merged = text.replace("coppies", "copies").replace("listen: nowhere", "<<: *config\n      copies: 0")
+    assert [(problem.line, problem.key) for problem in problems(tmp_path, merged)] == [(15, "copies")]
+    assert problems(tmp_path, merged.replace("copies: 0", "copies: 1")) == []
     assert problems(tmp_path, text.replace("coppies", "copies").replace("nowhere", "0.0.0.0:9000")) == []
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import random
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.tokens import Grant, Limits, digest, new_token, parse_grants
+from cluster.api import tokens as module
+from cluster.api.tokens import Grant, Limits, TokenFile, digest, new_token, parse_grants
+from cluster.commands.token import token
 from cluster.errors import ConfigError, Forbidden, Overloaded, Unauthenticated
 
 SHA = "ab" * 32
@@ -79,15 +82,15 @@ def test_expiry_and_control() -> None:
     clock = Clock()
     limits = Limits(clock, clock)
     grant = Grant("a", SHA, expires_s=1010.0)
-    limits.enter(grant, True, control=False)
+    assert limits.admit(grant, True, control=False) is grant
     with pytest.raises(Forbidden):
-        limits.enter(grant, True, control=True)
+        limits.admit(grant, True, control=True)
     clock.now = 1010.0
     with pytest.raises(Unauthenticated, match="expired"):
-        limits.enter(grant, True, control=False)
+        limits.admit(grant, True, control=False)
     for sent, message in ((True, "nobody"), (False, "needed")):
         with pytest.raises(Unauthenticated, match=message):
-            limits.enter(None, sent, control=False)
+            limits.admit(None, sent, control=False)
 
 
 @given(st.integers(0, 2**32))
@@ -100,24 +103,90 @@ def test_no_minute_has_more_than_two_minutes_worth(seed: int) -> None:
     for _ in range(300):
         clock.now += rng.choice((0.0, 0.01, 0.5, 20.0)) * rng.random()
         with suppress(Overloaded):
-            limits.enter(grant, True, control=False)
+            limits.admit(grant, True, control=False)
             entered.append(clock.now)
-            limits.leave(grant)
     for first in range(0, len(entered), 7):
         for last in range(first, len(entered), 5):
             assert last - first + 1 <= rate + (entered[last] - entered[first]) * rate / 60 + 1e-6
     # Who waits as long as it says gets in.
     clock.now += 60 / rate
-    limits.enter(grant, True, control=False)
+    limits.admit(grant, True, control=False)
 
 
 def test_calls_at_a_time_are_counted_by_name() -> None:
     limits = Limits(Clock(), Clock())
     one, other = Grant("a", SHA, concurrent=2), Grant("b", "cd" * 32, concurrent=1)
-    limits.enter(one, True, control=False)
-    limits.enter(one, True, control=False)
-    limits.enter(other, True, control=False)
+    for grant in (one, one, other):
+        limits.admit(grant, True, control=False)
+        limits.enter(grant)
     with pytest.raises(Overloaded, match="2 calls running"):
-        limits.enter(one, True, control=False)
+        limits.admit(one, True, control=False)
     limits.leave(one)
-    limits.enter(one, True, control=False)
+    limits.admit(one, True, control=False)
+    limits.admit(one, True, control=False)  # both may, and then the first to begin does
+    limits.enter(one)
+    with pytest.raises(Overloaded):
+        limits.enter(one)
+
+
+def test_dates_end_with_their_last_second_however_they_are_written() -> None:
+    ends = datetime.datetime(2030, 2, 1, tzinfo=datetime.UTC).timestamp()
+    for text in ("2030-01-31", "'2030-01-31'", '"2030-01-31"'):
+        (grant,) = parse_grants(entry(expires=text), "file").values()
+        assert grant.expires_s == ends, text
+    for text in ("9999-12-31", "'9999-12-31'", "9999-12-31T23:59:59-12:00"):
+        (grant,) = parse_grants(entry(expires=text), "file").values()
+        assert grant.expires_s == float("inf"), text
+    for text in ("0001-01-01", "'0001-01-01'", "0001-01-01T00:00:00+12:00"):
+        with pytest.raises(ConfigError):
+            parse_grants(entry(expires=text), "file")
+
+
+def test_no_line_of_a_damaged_file_is_shown() -> None:
+    with pytest.raises(ConfigError, match="line 2") as error:
+        parse_grants("tokens:\n- name: a: emt_secret\n", "file")
+    assert "secret" not in str(error.value)
+
+
+def test_a_damaged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, reads = Clock(), []
+    file = tmp_path / "tokens.yaml"
+    token = new_token()
+    file.write_text(entry(sha256=digest(token)))
+    tokens = TokenFile(str(file), clock)
+    monkeypatch.setattr(module, "parse_grants", lambda *given: reads.append(1) or parse_grants(*given))
+    file.write_text("tokens: [")
+    for _ in range(5):
+        clock.now += 2.0
+        assert tokens.grant(token) is not None
+    assert len(reads) == 1
+    assert tokens.problem
+    file.write_text(entry(sha256=digest(new_token())))
+    clock.now += 2.0
+    assert tokens.grant(token) is None
+    assert not tokens.problem
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "tokens: []\n",
+        f"# mine\ntokens:\n- name: b\n  sha256: {SHA}\n",
+        f"tokens:\n  - name: b\n    sha256: {SHA}\n",
+    ],
+)
+def test_the_command_adds_to_files_of_any_indentation(tmp_path: Path, before: str) -> None:
+    file = tmp_path / "real.yaml"
+    link = tmp_path / "tokens.yaml"
+    file.write_text(before)
+    file.chmod(0o640)
+    link.symlink_to(file)
+    token("a", file=link, expires="2030-01-31", requests_per_minute=0, concurrent=0, control=False, as_json=True)
+    grants = parse_grants(file.read_text(), "file")
+    assert {grant.name for grant in grants.values()} == {"a"} | ({"b"} if "name: b" in before else set())
+    assert ("# mine" in file.read_text()) == ("# mine" in before)
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(ConfigError, match="has a token"):
+        token("a", file=link, expires=None, requests_per_minute=0, concurrent=0, control=False, as_json=True)
