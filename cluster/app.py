@@ -32,6 +32,7 @@ from cluster.experts.group import ExpertGroup
 from cluster.experts.kept import basis_of, keep_plan
 from cluster.experts.serve import ExpertsShell
 from cluster.placement.binding import Binding
+from cluster.placement.hosts import preferred_host
 from cluster.placement.planner import Holdings, table_from_groups
 from cluster.plan import Plan
 from cluster.settings import LOOPBACK
@@ -334,7 +335,7 @@ class GroupBuilder:
             ExpertsShell,
             name="group",
             max_ongoing_requests=64,
-            ray_actor_options=_actor_options(self.gpus, self.actor),
+            ray_actor_options=_actor_options(self.gpus, {**self.actor, **self._place(group)}),
             health_check_period_s=2,
             health_check_timeout_s=10,
             graceful_shutdown_timeout_s=2,
@@ -343,6 +344,12 @@ class GroupBuilder:
             group, holdings, config, threads, max(groups, group + 1), self.hosts
         )
         return application
+
+    def _place(self, group: GroupId) -> dict[str, Any]:
+        """Groups prefer different hosts: copies on one host die together. Where GPUs are booked, they decide."""
+        if self.gpus or "fallback_strategy" in self.actor or "resources" in self.actor:
+            return {}
+        return preferred_host(group, self.actor.get("label_selector") or {}, ray.nodes())
 
 
 def router_application(

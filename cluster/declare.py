@@ -24,12 +24,13 @@ from cluster.errors import ConfigError
 from cluster.plan import Plan, make_plan
 
 _SECRET_KEY = b"expertmesh:secret"
-_ACTOR_KEYS = ("label_selector", "resources", "num_gpus", "num_cpus", "memory")
+_ACTOR_KEYS = ("label_selector", "fallback_strategy", "resources", "num_gpus", "num_cpus", "memory")
 
 
 def group(args: dict[str, Any]) -> serve.Application:
     """An expert group. Arguments: ``group`` (its number, from 0), ``config`` and, for where it runs, ``actor`` with any
-    of Ray's label_selector, resources, num_gpus, num_cpus and memory.
+    of Ray's label_selector, fallback_strategy, resources, num_gpus, num_cpus and memory. Groups without GPUs prefer
+    different hosts, where that says nothing else.
 
     Raises:
         ConfigError: names the argument or key that is wrong.

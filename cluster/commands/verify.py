@@ -101,7 +101,7 @@ def verify(
                 "model": plan.config.model,
                 "groups": plan.config.groups,
                 "transport": transport,
-                "hosts": sorted({process.host for process in (status.router, *(g.process for g in status.groups))}),
+                "hosts": [process.host for process in (status.router, *(g.process for g in status.groups))],
                 "links": [group.transport for group in status.groups],
                 "fallbacks": sum(group.link.fallbacks for group in status.groups),
                 "prompts": load.prompts,

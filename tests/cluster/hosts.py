@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -177,8 +178,16 @@ class Hosts:
         return Host(name, address, process)
 
     def command(self, *command: str) -> list[str]:
-        """What runs a command on the laptop: in its network, with its home and its /tmp."""
-        script = f"mount --bind {shlex.quote(str(self.tmp))} /tmp && exec {shlex.join(command)}"
+        """What runs a command on the laptop: in its network, with its home (ssh does not go by $HOME) and its /tmp."""
+        user_home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+        mounts = [f"mount --bind {shlex.quote(str(self.tmp))} /tmp"]
+        for path in {Path(sys.base_prefix), Path(sys.prefix), ROOT}:
+            if path.is_relative_to(user_home):  # an interpreter in the home that is about to be covered
+                inside_home = self.home / path.relative_to(user_home)
+                inside_home.mkdir(parents=True, exist_ok=True)
+                mounts.append(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(inside_home))}")
+        mounts.append(f"mount --rbind {shlex.quote(str(self.home))} {shlex.quote(str(user_home))}")
+        script = f"{' && '.join(mounts)} && exec {shlex.join(command)}"
         inside = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script]
         return ["nsenter", f"--net=/run/netns/{self._lap}", *inside]
 
@@ -186,7 +195,7 @@ class Hosts:
         """Of the laptop."""
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "EXPERTMESH_"))}
-        return {**kept, "HOME": str(self.home), "PATH": path, "PYTHONPATH": str(ROOT), **more}
+        return {**kept, "HOME": pwd.getpwuid(os.geteuid()).pw_dir, "PATH": path, "PYTHONPATH": str(ROOT), **more}
 
     def run(
         self, *command: str, timeout_s: float = 120.0, check: bool = True, **more: str
@@ -208,7 +217,7 @@ class Hosts:
         """A command on a host, in a login shell as Ray uses it."""
         options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=5")
         flags = [part for option in options for part in ("-o", option)]
-        key = str(self.home / ".ssh" / "id_ed25519")
+        key = f"{pwd.getpwuid(os.geteuid()).pw_dir}/.ssh/id_ed25519"
         line = f"bash --login -c {shlex.quote(command)}"
         return self.run("ssh", "-i", key, *flags, f"root@{host.address}", line, timeout_s=timeout_s, check=check)
 
