@@ -21,11 +21,12 @@ Owners = np.ndarray[Any, np.dtype[np.int64]]
 
 class LayerCopies:
     """The living copies of one layer's experts under one table: ``owners[e]`` are the groups of logical expert ``e``.
-    ``owner_E`` is the first group of each expert, -1 where there is none."""
+    ``owner_E`` is the first group of each expert, -1 where there is none; ``complete``: there is one for each."""
 
     def __init__(self, owners: Sequence[Sequence[GroupId]]) -> None:
         self._owners = owners
         self.owner_E: Owners = np.array([groups[0] if groups else -1 for groups in self._owners], np.int64)
+        self.complete = bool((self.owner_E >= 0).all())
         several_E = np.array([len(groups) > 1 for groups in self._owners], bool)
         self.any_choice = bool(several_E.any())
         self._groups = 1 + max((max(groups, default=0) for groups in self._owners), default=0)

@@ -164,7 +164,8 @@ class Fabric:
 
     def covered(self, layer: int, experts_P: Any, group: GroupId) -> bool:
         """All of these experts have a living copy elsewhere."""
-        return bool((self.elsewhere(layer, group)[experts_P] >= 0).all())
+        others = self._layer(layer, group)
+        return others.complete or bool((others.owner_E[experts_P] >= 0).all())
 
     def elsewhere(self, layer: int, group: GroupId) -> Owners:
         """Whom to ask for each expert instead of a group, int64 [E]; -1 where there is nobody."""

@@ -23,7 +23,7 @@ _LATE_TIMES, _LATE_S = 3.0, 0.004
 """A group whose calls take so much longer beside its computing than those of the quickest one has a handicap. Less is
 what processes that share cores do to each other all the time."""
 _LOOKS = 4
-"""Answers of a group between two looks at handicaps."""
+"""Answers of a group between two looks at handicaps, and at what is usual."""
 _WARM = 8
 """Answers after which a group is known."""
 _BEATEN = 4
@@ -58,6 +58,7 @@ class Speeds:
         self._credit = 0.0
         self._cost: dict[GroupId, float] = {}
         self._handicaps: dict[GroupId, float] | None = None
+        self._usual: tuple[float, float] | None = None
         self._forgives = False
 
     def answered(self, group: GroupId, decode: bool, rows: int, experts: int, compute_s: float, trip_s: float) -> None:
@@ -72,7 +73,7 @@ class Speeds:
             pace.trip_s += (trip_s - pace.trip_s) * weight
             pace.beside_s += (max(0.0, trip_s - compute_s) - pace.beside_s) * weight
             if pace.answers % _LOOKS == 0:
-                self._handicaps = None
+                self._handicaps = self._usual = None
         else:
             pace.row_s += (compute_s / max(1, rows) - pace.row_s) * (_MEMORY if pace.row_s else 1.0)
 
@@ -96,7 +97,7 @@ class Speeds:
         """Whoever comes back under this number is somebody else."""
         self._paces.pop(group, None)
         self._cost.clear()
-        self._handicaps = None
+        self._handicaps = self._usual = None
 
     def cost(self) -> dict[GroupId, float]:
         """What an expert costs each group relative to the cheapest one, in steps of a half: below that it is noise, and
@@ -140,6 +141,8 @@ class Speeds:
         pace = self._paces.get(group)
         if not decode or pace is None or pace.answers < _WARM or self._credit < 1.0:
             return None
-        usual_s = min((p.trip_s for p in self._paces.values() if p.answers >= _WARM), default=pace.trip_s)
-        deviation_s = min((p.deviation_s for p in self._paces.values() if p.answers >= _WARM), default=0.0)
+        if self._usual is None:
+            known = [other for other in self._paces.values() if other.answers >= _WARM]
+            self._usual = min(other.trip_s for other in known), min(other.deviation_s for other in known)
+        usual_s, deviation_s = self._usual
         return max(_MIN_HEDGE_S, _HEDGE_TIMES * usual_s, usual_s + _HEDGE_DEVIATIONS * deviation_s)
