@@ -212,12 +212,13 @@ class Client:
 
     def _why_not(self, details: str) -> str:
         """What a person can do about a connection that does not come about; empty where it is not about that."""
-        if self._tls and any(word in details for word in ("ssl", "tls", "handshake", "certificate")):
+        ended = any(word in details for word in ("socket closed", "connection reset", "recvmsg"))
+        if self._tls and (ended or any(word in details for word in ("ssl", "tls", "handshake", "certificate"))):
             return (
-                f"{self.address} and this client do not agree on certificates; see EXPERTMESH_CLIENT_CA, CERT, KEY and "
-                "NAME, and whether the server takes TLS"
+                f"{self.address} and this client do not agree on certificates, or it has just ended; see "
+                "EXPERTMESH_CLIENT_CA, CERT, KEY and NAME, and whether it takes TLS"
             )
-        if not self._tls and any(word in details for word in ("socket closed", "connection reset", "recvmsg")):
+        if ended:
             return f"{self.address} ended the connection; if it wants TLS, set EXPERTMESH_CLIENT_CA"
         if "failed to connect" in details:
             return f"nobody answers at {self.address}; start a server with `expertmesh serve`, or name it with --server"
