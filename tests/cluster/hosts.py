@@ -107,7 +107,7 @@ class Hosts:
         self._spaces: list[str] = []
         self._stack = contextlib.ExitStack()
         self._model = model
-        self.scratch = Path(tempfile.mkdtemp(prefix="em-hosts-", dir="/var/tmp"))  # the laptop has another /tmp
+        self.scratch = Path(tempfile.mkdtemp(prefix="em-hosts-", dir="/var/tmp"))
         self.home, self.tmp = self.scratch / "home", self.scratch / "tmp"
         self.names = ["head", *(f"worker-{number}" for number in range(1, count))]
         self.hosts: list[Host] = []
@@ -178,9 +178,10 @@ class Hosts:
         return Host(name, address, process)
 
     def command(self, *command: str) -> list[str]:
-        """What runs a command on the laptop: in its network, with its home (ssh does not go by $HOME) and its /tmp."""
+        """What runs a command on the laptop: in its network, with its home (ssh does not go by $HOME) and its /tmp/ray,
+        where the launcher keeps what it knows of clusters."""
         user_home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
-        mounts = [f"mount --bind {shlex.quote(str(self.tmp))} /tmp"]
+        mounts = ["mkdir -p /tmp/ray", f"mount --bind {shlex.quote(str(self.tmp))} /tmp/ray"]
         for path in {Path(sys.base_prefix), Path(sys.prefix), ROOT}:
             if path.is_relative_to(user_home):  # an interpreter in the home that is about to be covered
                 inside_home = self.home / path.relative_to(user_home)

@@ -29,7 +29,7 @@ def test_our_engines_and_transformers_are_asked_in_turns_and_agree(tiny: MakeTin
     told: list[str] = []
     engines = {INPROC: settings(path, 0), GROUPS: settings(path, 2)}
     peers = prepare(["transformers"], path, "fp32", 1, tmp_path, told.append)
-    result = measure(engines, peers, str(path), "fp32", 1, Load([1, 3], 20, 5, 2, 11), 512, tmp_path, told.append)
+    result = measure(engines, peers, str(path), "fp32", 1, Load([1, 3], 20, 24, 2, 11), 512, tmp_path, told.append)
     json.dumps(result, allow_nan=False)
     assert [(row["engine"], row["batch"]) for row in result["rows"]] == [
         (name, batch) for batch in (1, 3) for name in (INPROC, GROUPS, "transformers")
