@@ -39,9 +39,9 @@ class Hysteresis:
     embedded model's windows chose all four; plans of any window alone want them lower, those for the next one higher.
     """
 
-    copy: float = 0.2
+    copy: float = 0.4
     exchange: float = 0.02
-    plan: float = 0.02
+    plan: float = 0.04
     doubt: float = 0.3
 
 
