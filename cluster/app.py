@@ -116,8 +116,8 @@ class RaySession:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._progress("starting a local Ray" if self._local else f"joining Ray at {self._config.address}")
-        # Of a local Ray what can be is on loopback. Serve's replicas listen everywhere, whatever one says: Ray's token
-        # keeps strangers out there.
+        # A local Ray's processes call each other on loopback. They listen everywhere all the same: Ray's token keeps
+        # strangers out there.
         options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if self._local else {}
         if self._local and os.environ.get("RAY_AUTH_MODE", "token") != "token":
             self._progress("RAY_AUTH_MODE is not token: whoever reaches this machine's ports can run code here")
