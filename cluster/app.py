@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -246,7 +247,7 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
             f"data_plane.bind: got {config.data_plane.bind!r}; the cluster has {hosts} hosts, and links between them "
             "need an interface that they reach, such as 0.0.0.0 (EXPERTMESH_DATA_PLANE__BIND=0.0.0.0)"
         )
-    gpus = _gpus_each(plan)
+    gpus = gpus_each(plan)
     taken = applications()
     if taken:
         raise ConfigError(
@@ -279,19 +280,28 @@ def deploy(plan: Plan, progress: Progress) -> Deployment:
     return deployment
 
 
-def _gpus_each(plan: Plan) -> int:
-    """1 where the cluster has GPUs (logical ones count), 0 otherwise."""
+def gpus_each(plan: Plan) -> float:
+    """``gpu_share`` where the cluster that the process is connected to has GPUs (logical ones count), 0 otherwise.
+
+    Raises:
+        ConfigError: they do not suffice.
+    """
     have = int(ray.cluster_resources().get("GPU", 0))
     if have == 0 or plan.config.device == "cpu":
-        return 0
-    routers = plan.config.routers
+        return 0.0
+    routers, share = plan.config.routers, plan.config.gpu_share
+    # Ray counts in ten-thousandths, and no process has parts of two.
+    each = math.floor(round(1.0 / share, 4))
     need = 1 if plan.one_process else routers + len(plan.holdings)
-    if have < need:
+    if have * each < need:
+        whole = math.ceil(need / each)
+        part = f"{share:g} of one" if share < 1 else "one"
+        split = math.floor(1e4 / math.ceil(need / have)) / 1e4
         raise ConfigError(
-            f"groups: {need} GPUs are needed (one for each router and each group), the cluster has {have}; "
-            f"use --groups {max(0, have - routers)} or --device cpu"
+            f"groups: {whole} GPUs are needed ({part} for each router and each group), the cluster has {have}; "
+            f"use --groups {max(0, have * each - routers)}, --device cpu, or gpu_share {split:g} (several share one)"
         )
-    return 1
+    return share
 
 
 def hosts_alive() -> int:
@@ -299,7 +309,7 @@ def hosts_alive() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
-def _actor_options(gpus: int, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _actor_options(gpus: float, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """``own`` says more, or something else, of where it runs."""
     variables = {**_ENVIRONMENT, **_telemetry_environment()}
     return {"num_cpus": ACTOR_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": variables}, **(own or {})}
@@ -322,7 +332,7 @@ class GroupBuilder:
     """Makes a group's application: here for those at the start, and in the coordinator for those that come later."""
 
     plan: Plan
-    gpus: int
+    gpus: float
     hosts: int
     actor: Mapping[str, Any] = field(default_factory=dict)
     """Of Ray's actor options, those that say where it runs."""
@@ -354,7 +364,7 @@ class GroupBuilder:
 
 def router_application(
     plan: Plan,
-    gpus: int,
+    gpus: float,
     hosts: int,
     actor: Mapping[str, Any] | None = None,
     group_actor: Mapping[str, Any] | None = None,

@@ -75,6 +75,8 @@ class Config:
     where memory permits."""
     device: str = "auto"
     """auto takes GPUs when the cluster has them."""
+    gpu_share: float = 1.0
+    """Of a GPU, that each router and each group books; with less than 1 several processes share one."""
     listen: str = "127.0.0.1:9000"
     """Client port of the router."""
     front_door: str = "router"
@@ -118,11 +120,15 @@ class Config:
             raise ConfigError(f"routers: got {self.routers}; groups in the router's own process have one router")
         if self.placement.moves and (self.groups == 0 or "inproc" in self.transports()):
             raise ConfigError("placement: groups in the router's own process cannot change while it serves")
+        if not 0.0 < self.gpu_share <= 1.0:
+            raise ConfigError(f"gpu_share: got {self.gpu_share!r}; must be above 0 and at most 1")
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)
         _one_of("data_plane.missing_experts", self.data_plane.missing_experts, ("wait", "fail", "degrade"))
-        positive = ("max_running", "max_waiting", "step_token_budget", "prefill_chunk", "kv_cache_bytes", "block_size")
+        for name in ("step_token_budget", "prefill_chunk"):
+            _at_least(f"engine.{name}", getattr(self.engine, name), 0)
+        positive = ("max_running", "max_waiting", "kv_cache_bytes", "block_size")
         for name in (*positive, "default_max_new_tokens"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
         _at_least("engine.admission_headroom", self.engine.admission_headroom, 0)

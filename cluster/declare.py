@@ -59,12 +59,13 @@ def _builder(plan: Plan, actor: Mapping[str, Any]) -> GroupBuilder:
     return GroupBuilder(plan, _gpus(plan, actor), hosts_alive(), actor)
 
 
-def _gpus(plan: Plan, actor: Mapping[str, Any]) -> int:
+def _gpus(plan: Plan, actor: Mapping[str, Any]) -> float:
     """Of each process. Applications are built when hosts may not be there yet, so what is asked for counts, and only
     with ``device: auto`` what the cluster has now."""
-    if plan.config.device == "auto" and "num_gpus" not in actor:
-        return int(ray.cluster_resources().get("GPU", 0) > 0)
-    return int(actor.get("num_gpus", plan.config.device == "cuda"))
+    if "num_gpus" in actor:
+        return float(actor["num_gpus"])
+    wants = plan.config.device == "cuda" or (plan.config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    return plan.config.gpu_share if wants else 0.0
 
 
 def _read(args: Mapping[str, Any], kind: str) -> tuple[Plan, dict[str, Any]]:

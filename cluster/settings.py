@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import ConfigError
 
@@ -17,10 +17,12 @@ class EngineConfig:
     """Sequences that share a step at most."""
     max_waiting: int = 256
     """Requests that wait for a place at most; one more is refused with RESOURCE_EXHAUSTED."""
-    step_token_budget: int = 512
-    """Tokens of one step at most; decode tokens first, the rest goes to prefill chunks."""
-    prefill_chunk: int = 128
-    """Prefill tokens of a step at most while any sequence decodes: bounds the gap between two tokens of a stream."""
+    step_token_budget: int = 0
+    """Tokens of one step at most; decode tokens first, the rest goes to prefill chunks. 0: 512 on CPUs, 4096 on
+    GPUs."""
+    prefill_chunk: int = 0
+    """Prefill tokens of a step at most while any sequence decodes: bounds the gap between two tokens of a stream. 0:
+    128 on CPUs, 1024 on GPUs."""
     kv_cache_bytes: int = 2 * 1024**3
     """Bytes of key-value cache at most; admission waits for room, and when it runs out the last to come starts over."""
     block_size: int = 16
@@ -34,6 +36,13 @@ class EngineConfig:
     """What a request without max_new_tokens gets."""
     max_deadline_s: float = 600.0
     """No request lives longer, whatever its deadline says."""
+
+    def sized(self, on_gpu: bool) -> EngineConfig:
+        """With numbers for what is 0: a step of so many tokens takes about as long on either."""
+        budget, chunk = (4096, 1024) if on_gpu else (512, 128)
+        return replace(
+            self, step_token_budget=self.step_token_budget or budget, prefill_chunk=self.prefill_chunk or chunk
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ class World:
         **config: int,
     ) -> None:
         self.prefix_caching = bool(config.pop("prefix_caching", True))
-        self.config = EngineConfig(**{"max_running": 64, "max_waiting": 10_000, "admission_headroom": 64, **config})
+        limits = {"max_running": 64, "max_waiting": 10_000, "admission_headroom": 64, **config}
+        self.config = EngineConfig(**limits).sized(on_gpu=False)
         self.now_s, self._step_s = 100.0, step_s
         self.pool = BlockPool(num_blocks, block_size, self.prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool, lambda: self.now_s, colds)

@@ -74,6 +74,7 @@ class Router:
         started = PhaseRecord("moe.startup", time.monotonic())
         self._checkpoint = checkpoint = Checkpoint(config.model)
         self._device = device = pick_device(config.device)
+        engine_config = config.engine.sized(on_gpu=device.type != "cpu")
         dtype = resolve_dtype(config.dtype, checkpoint.dtype, device.type == "cuda")
         self._dtype = DTYPE_NAMES[dtype]
         self._exact = config.expert_dtype in ("auto", self._dtype)
@@ -114,13 +115,13 @@ class Router:
         self.predict(config.predict_experts)
         started.done("first_step", time.monotonic())
         if config.warm_up:
-            warm_up(self._trunk, tokenizer, config.engine, skeleton.context_length, kv_bytes_per_token, threads)
+            warm_up(self._trunk, tokenizer, engine_config, skeleton.context_length, kv_bytes_per_token, threads)
             started.done("warm_up", time.monotonic())
         self.loads = ExpertLoads()  # what clients ask for, and nothing of the warm-up
         self.engine = Engine(
             self._trunk.forward,
             tokenizer,
-            config.engine,
+            engine_config,
             kv_bytes_per_token,
             threads,
             observer=self.telemetry,

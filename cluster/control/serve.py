@@ -82,7 +82,7 @@ class ServeFleet:
     """Groups as Serve applications. ``gpus`` each wants."""
 
     build: BuildGroup
-    gpus: int
+    gpus: float
     start_timeout_s: float
     basis: str
     """What plans are kept for."""
@@ -92,7 +92,7 @@ class ServeFleet:
         there = group in self.groups()  # left by a change that was not finished; it has its GPU
         free = _typed(ray.available_resources).get("GPU", 0.0)
         if free < self.gpus and not there:
-            raise ConfigError(f"groups: group {group} needs a GPU, and {free:g} are free in the cluster")
+            raise ConfigError(f"groups: group {group} needs {self.gpus:g} GPU, and {free:g} are free in the cluster")
         run_application(self.build(group, holdings), group_app(group), self.start_timeout_s)
 
     def stop(self, group: GroupId) -> None:

@@ -34,7 +34,7 @@ from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
 from cluster.telemetry.memory import give_back_at_once
 from cluster.transport.base import LayerRows
-from cluster.weights.dtypes import DTYPE_NAMES
+from cluster.weights.dtypes import DTYPE_NAMES, settle
 from cluster.weights.kernels import KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.reader import ExpertReader, Target
@@ -240,7 +240,9 @@ class ExpertBank:
             return partial_TH
         slot_P = self._slots(bank, layer, rows_P, experts_P, hidden_TH.shape[0])
         if self.store is None:
-            return self._add(bank, partial_TH, hidden_TH, rows_P, weight_P, slot_P)
+            self._add(bank, partial_TH, hidden_TH, rows_P, weight_P, slot_P)
+            settle(self.device)
+            return partial_TH
         waves = self.store.waves(layer, np.flatnonzero(np.bincount(experts_P)))
         for wave_A in waves:
             pairs = slice(None) if len(waves) == 1 else np.flatnonzero(np.isin(experts_P, wave_A))
@@ -248,6 +250,7 @@ class ExpertBank:
                 slot_P = slot_E[experts_P[pairs]]
                 for piece in _pieces(slot_P, MAX_PIECE_BYTES // hidden_TH[0].nbytes):
                     self._add(bank, partial_TH, hidden_TH, rows_P[pairs][piece], weight_P[pairs][piece], slot_P[piece])
+                settle(self.device)  # before others may have the slots
         return partial_TH
 
     def _drop_from_host(self) -> None:
@@ -267,7 +270,7 @@ class ExpertBank:
         rows_P: Any,
         weight_P: Any,
         slot_P: Any,
-    ) -> torch.Tensor:
+    ) -> None:
         """Adds what the experts in some slots make of their rows."""
         counts_S = np.bincount(slot_P, minlength=bank.num_slots)
         slots = bank.experts.order(counts_S)
@@ -278,7 +281,7 @@ class ExpertBank:
         gate_P = torch.from_numpy(weight_P.view(np.float32)[order_P]).to(self.device)
         sorted_PH = hidden_TH.to(self.device).index_select(0, index_P)
         output_PH = self._run(bank.experts, sorted_PH, slots, counts_S[slots])
-        return partial_TH.index_add_(0, index_P, output_PH.float() * gate_P[:, None])
+        partial_TH.index_add_(0, index_P, output_PH.float() * gate_P[:, None])
 
     def _slots(self, bank: _LayerBank, layer: int, rows_P: Any, experts_P: Any, num_tokens: int) -> Any:
         """The slot of each pair, after everything has been checked."""

@@ -128,13 +128,15 @@ class DenseExperts:
             return False
         try:
             row = torch.zeros((1, self._up.shape[1 if self._module.is_transposed else 2]))
-            self._product(row.to(self._up), self._up, [1] + [0] * (len(self._up) - 1))
+            self._product(row.to(self._up), self._up, self._ends([1] + [0] * (len(self._up) - 1)))
         except (RuntimeError, TypeError):
             return False
         return True
 
-    def _product(self, x_PK: torch.Tensor, weight: torch.Tensor, counts_S: Any) -> torch.Tensor:
-        offsets = torch.from_numpy(np.cumsum(counts_S, dtype=np.int32)).to(weight.device)
+    def _ends(self, counts_S: Any) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum(counts_S, dtype=np.int32)).to(self._up.device)
+
+    def _product(self, x_PK: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(x_PK, weight if self._module.is_transposed else weight.transpose(1, 2), offs=offsets)
 
     def order(self, counts_S: Any) -> Any:
@@ -181,10 +183,11 @@ class DenseExperts:
         slot_P = None
         if self._up_bias is not None or self._down_bias is not None:
             slot_P = torch.from_numpy(np.repeat(slots, counts)).to(x_PH.device)
-        hidden = self._product(x_PH, self._up[first:last], counts_S)
+        ends_S = self._ends(counts_S)
+        hidden = self._product(x_PH, self._up[first:last], ends_S)
         if self._up_bias is not None:
             hidden = hidden + self._up_bias[slot_P]
-        output = self._product(_gated(self._module, hidden), self._down[first:last], counts_S)
+        output = self._product(_gated(self._module, hidden), self._down[first:last], ends_S)
         return output if self._down_bias is None else output + self._down_bias[slot_P]
 
     def _run_each(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cluster.model.packed import Step, current_step
+from cluster.model.packed import Span, Step, current_step
+from cluster.model.together import Bundle
 
 PIECE_LIMIT = 2 * 1024 * 1024
 """Rows times keys of one eager call: scores of 32 heads in fp32 stay under 256 MiB."""
@@ -36,6 +37,9 @@ _HARMLESS = frozenset(
     }
 )
 
+_BATCHABLE = _HARMLESS | {"s_aux"}
+"""Arguments of an eager function that say nothing of single tokens, so that it may be called for several sequences."""
+
 
 def attention(
     module: Any,
@@ -51,30 +55,108 @@ def attention(
     ``query`` is [1, heads, T, dim]; ``key`` and ``value`` are what the layer made of what the cache returned,
     [1, heads, S, dim] of all sequences. The result is [1, T, heads, dim].
     """
-    step = current_step()
-    batch, cache = step.batch, step.cache
-    direct = cache.is_direct(key, value)
-    layer = cache.layer
-    mask = batch.mask_of(attention_mask)
-    plain = not args and all(name in _HARMLESS or extra is None for name, extra in kwargs.items())
-    fast = cache.known.fast.get(layer, False) and plain
-    outputs = []
-    for number, span in enumerate(batch.spans):
-        own = query if len(batch.spans) == 1 else query[:, :, span.first : span.last]
-        if direct:
-            keys, values = batch.store.read(layer, span.runs)
-        elif len(batch.spans) == 1:
+    call = _Call(module, query, key, value, current_step(), attention_mask, args, kwargs)
+    bundles, spans = call.bundles(), call.batch.spans
+    if not bundles:
+        parts = [call.of_span(number, span) for number, span in enumerate(spans)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
+    outputs = [(bundle, call.of_bundle(number, bundle)) for number, bundle in enumerate(bundles)]
+    total = outputs[0][1].new_empty((1, query.shape[2], *outputs[0][1].shape[2:]))
+    for bundle, output in outputs:
+        bundle.put(total, output)
+    for number, span in enumerate(spans):
+        if span.num_rows > 1:
+            total[:, span.first : span.last] = call.of_span(number, span)
+    return total, None
+
+
+class _Call:
+    """One layer's attention over the batch."""
+
+    def __init__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: Step,
+        attention_mask: torch.Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._module, self._query, self._key, self._value = module, query, key, value
+        self._args, self._kwargs = args, kwargs
+        self.batch, self._known = step.batch, step.cache.known
+        self._direct = step.cache.is_direct(key, value)
+        self._layer = step.cache.layer
+        self._mask = self.batch.mask_of(attention_mask)
+        self._plain = self._only(_HARMLESS)
+        self._fast = self._known.fast.get(self._layer, False) and self._plain
+
+    def _only(self, names: frozenset[str]) -> bool:
+        """No arguments but these."""
+        return not self._args and all(name in names or extra is None for name, extra in self._kwargs.items())
+
+    def bundles(self) -> list[Bundle]:
+        """Sequences to be computed together, once it is known how."""
+        known = self._layer in self._known.fast and self._only(_BATCHABLE)
+        return self.batch.bundles() if known else []
+
+    def of_bundle(self, number: int, bundle: Bundle) -> torch.Tensor:
+        """[B, 1, heads, dim]."""
+        if self._direct:
+            keys, values = self.batch.store.read_at(self._layer, bundle.at(in_store=True))
+        else:
+            at_BS = bundle.at(in_store=False)
+            keys, values = _pick(self._key, at_BS), _pick(self._value, at_BS)
+        own = bundle.queries(self._query)
+        if self._fast:
+            # One token each: heads that share a key are rows of one product, and nothing is copied for each of them.
+            shape = (*keys.shape[:2], -1, own.shape[3])
+            allowed, scaling = self._mask.allowed_together(number), self._kwargs["scaling"]
+            output = F.scaled_dot_product_attention(own.reshape(shape), keys, values, allowed, scale=scaling)
+            return output.reshape(len(own), 1, own.shape[1], values.shape[3])
+        mask = self._mask.additive_together(number)
+        return _eager(self._module, own, keys, values, mask, self._args, self._kwargs)
+
+    def of_span(self, number: int, span: Span) -> torch.Tensor:
+        """[1, t, heads, dim]."""
+        key, value, alone = self._key, self._value, len(self.batch.spans) == 1
+        own = self._query if alone else self._query[:, :, span.first : span.last]
+        if self._direct:
+            keys, values = self.batch.store.read(self._layer, span.runs)
+        elif alone:
             keys, values = key, value
         else:
             keys, values = key[:, :, span.key_first : span.key_last], value[:, :, span.key_first : span.key_last]
-        if fast:
-            outputs.append(_fast(own, keys, values, mask.allowed(number), kwargs["scaling"]))
-            continue
-        output = _eager(module, own, keys, values, mask.additive(number), args, kwargs)
-        if layer not in cache.known.fast:
-            _learn(step, layer, plain and "scaling" in kwargs, own, keys, values, number, mask, kwargs, output)
-        outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+        if self._fast:
+            return _fast(own, keys, values, self._mask.allowed(number), self._kwargs["scaling"])
+        if self._layer not in self._known.fast:
+            self._learn(number, own, keys, values)
+        mask = self._mask.additive(number)
+        return _eager(self._module, own, keys, values, mask, self._args, self._kwargs)
+
+    def _learn(self, number: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compares both ways on the model's own values, in fp32 whatever their dtype; decides when both shapes of a
+        step have been seen."""
+        known, layer, kwargs = self._known, self._layer, self._kwargs
+        if not (self._plain and "scaling" in kwargs) or values.shape[-1] != query.shape[-1]:
+            known.fast[layer] = False
+            return
+        query, keys, values = query.float(), keys.float(), values.float()
+        expected = _eager(self._module, query, keys, values, self._mask.additive(number).float(), (), kwargs)
+        got = _fast(query, keys, values, self._mask.allowed(number), kwargs["scaling"])
+        if got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
+            known.fast[layer] = False
+            return
+        known.checked.setdefault(layer, set()).add(query.shape[2] == 1)
+        if len(known.checked[layer]) == 2:
+            known.fast[layer] = True
+
+
+def _pick(histories: torch.Tensor, at_BS: torch.Tensor) -> torch.Tensor:
+    """[B, heads, S, dim] of [1, heads, all histories, dim]."""
+    return histories[0][:, at_BS].transpose(0, 1)
 
 
 def _fast(
@@ -105,29 +187,3 @@ def _eager(
         piece = slice(first, min(first + at_once, rows))
         pieces.append(eager(module, query[:, :, piece], keys, values, mask[:, :, piece], *args, **kwargs)[0])
     return torch.cat(pieces, dim=1)
-
-
-def _learn(
-    step: Step,
-    layer: int,
-    candidate: bool,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    number: int,
-    mask: Any,
-    kwargs: dict[str, Any],
-    expected: torch.Tensor,
-) -> None:
-    """Compares both ways on the model's own values; decides when both shapes of a step have been seen."""
-    known = step.cache.known
-    if not candidate or query.dtype is not torch.float32 or values.shape[-1] != query.shape[-1]:
-        known.fast[layer] = False
-        return
-    got = _fast(query, keys, values, mask.allowed(number), kwargs["scaling"])
-    if got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
-        known.fast[layer] = False
-        return
-    known.checked.setdefault(layer, set()).add(query.shape[2] == 1)
-    if len(known.checked[layer]) == 2:
-        known.fast[layer] = True

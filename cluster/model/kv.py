@@ -67,6 +67,11 @@ class KvStore:
         keys, values = self._layers[layer]
         return _gather(keys, runs), _gather(values, runs)
 
+    def read_at(self, layer: int, at_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, heads, S, dim] of several sequences, copied from positions ``at_BS`` of the buffers."""
+        keys, values = self._layers[layer]
+        return keys[at_BS].transpose(1, 2), values[at_BS].transpose(1, 2)
+
 
 def _gather(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
     if len(runs) == 1:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from cluster.errors import InternalError, UnsupportedModel
 from cluster.model.kv import KvStore, Runs
+from cluster.model.together import Bundle, Single, bundles_of
 
 MaskFunction = Callable[..., torch.Tensor]
 
@@ -53,8 +54,10 @@ class Span:
 class PackedBatch:
     """Index tensors of one step. ``last_T`` are the row numbers of each chunk's last token."""
 
-    def __init__(self, chunks: Sequence[Chunk], store: KvStore, device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[Chunk], store: KvStore, device: torch.device, together: bool = False) -> None:
         self.store, self.device = store, device
+        self._chunks, self._wants_together = chunks, together
+        self._bundles: list[Bundle] | None = None
         self.spans: list[Span] = []
         row = key = 0
         positions, at = [], []
@@ -72,6 +75,19 @@ class PackedBatch:
         self.last_T = torch.tensor([span.last - 1 for span in self.spans], dtype=torch.int64, device=device)
         self.num_keys = key
         self._masks: list[BatchMask] = []
+
+    def bundles(self) -> list[Bundle]:
+        """Sequences with one token each whose attention is computed together; none where there is only one, or where
+        that is not wanted."""
+        if self._bundles is None:
+            singles = [
+                Single(span.first, span.total, span.key_first, chunk.blocks)
+                for span, chunk in zip(self.spans, self._chunks, strict=True)
+                if span.num_rows == 1
+            ]
+            wanted = self._wants_together and len(singles) > 1
+            self._bundles = bundles_of(singles, self.store.block_size, self.device) if wanted else []
+        return self._bundles
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +125,8 @@ class BatchMask:
         self._zero = torch.zeros((), dtype=torch.int64, device=batch.device)
         self._allowed: dict[int, torch.Tensor | None] = {}
         self._additive: dict[int, torch.Tensor] = {}
+        self._together: dict[int, torch.Tensor] = {}
+        self._additive_together: dict[int, torch.Tensor] = {}
         self._open: list[bool] | None = None
 
     def allowed(self, number: int) -> torch.Tensor | None:
@@ -128,6 +146,20 @@ class BatchMask:
                 mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
             self._additive[number] = mask[None, None]
         return self._additive[number]
+
+    def allowed_together(self, number: int) -> torch.Tensor:
+        """Bool [B, 1, 1, S] of bundle ``number`` of the batch."""
+        if number not in self._together:
+            self._together[number] = self._batch.bundles()[number].allowed(self._function)
+        return self._together[number]
+
+    def additive_together(self, number: int) -> torch.Tensor:
+        """The same for the model's own attention: 0, or the lowest value of the dtype."""
+        if number not in self._additive_together:
+            allowed = self.allowed_together(number)
+            mask = torch.zeros(allowed.shape, dtype=self._dtype, device=allowed.device)
+            self._additive_together[number] = mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
+        return self._additive_together[number]
 
     def _evaluate(self, span: Span) -> torch.Tensor:
         device = self._batch.device

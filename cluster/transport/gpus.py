@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ def pci_address(device: torch.device) -> str:
 
 
 def path_between(one: str, other: str) -> str:
-    """ "NVLink", "PCIe peer access" or "host memory" for two GPUs that this host sees; empty where it cannot tell."""
+    """ "NVLink", "PCIe peer access" or "host memory" for two GPUs that this host sees; empty where it cannot tell, and
+    for one and the same. It is for people to read: nothing that goes wrong here keeps a link from being made."""
+    if one == other:
+        return ""
     try:
         import pynvml
     except ImportError:
@@ -29,10 +33,15 @@ def path_between(one: str, other: str) -> str:
                 ("NVLink", pynvml.NVML_P2P_CAPS_INDEX_NVLINK),
                 ("PCIe peer access", pynvml.NVML_P2P_CAPS_INDEX_READ),
             ):
-                if pynvml.nvmlDeviceGetP2PStatus(*handles, caps) == pynvml.NVML_P2P_STATUS_OK:
+                if pynvml.nvmlDeviceGetP2PStatus(*handles, _number(caps)) == pynvml.NVML_P2P_STATUS_OK:
                     return name
             return "host memory"
         finally:
             pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return ""  # another host's GPU, or a container that hides it
+    except (pynvml.NVMLError, ctypes.ArgumentError, AttributeError):
+        return ""  # another host's GPU, a container that hides it, or a library of another version
+
+
+def _number(constant: Any) -> int:
+    """nvidia-ml-py (13.615, and before) says ``NVML_P2P_CAPS_INDEX_READ = 0,``, which is a tuple."""
+    return int(constant[0] if isinstance(constant, tuple) else constant)

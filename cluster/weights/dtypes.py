@@ -20,3 +20,10 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", 0)
     return torch.device("cpu")
+
+
+def settle(device: torch.device) -> None:
+    """Waits until what the calling thread has queued on a GPU is done, so that whoever reads a clock next reads the
+    work's own end; nothing on CPUs."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

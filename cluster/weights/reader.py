@@ -118,6 +118,8 @@ class ExpertReader:
             for key, parameter in layer.module.named_parameters()
         }
 
+        # Tensors made in inference mode can be written in inference mode only, which a new thread is not in.
+        @torch.inference_mode()
         def fill(slot: int) -> None:
             self.fill(layer, experts[slot], Target({key: tensor[slot] for key, tensor in tensors.items()}))
 

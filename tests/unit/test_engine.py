@@ -73,7 +73,7 @@ class Letters:
 
 
 def engine(model: Model, **config: int) -> Engine:
-    return Engine(model, None, EngineConfig(**config), kv_bytes_per_token=1)
+    return Engine(model, None, EngineConfig(**config).sized(False), kv_bytes_per_token=1)
 
 
 def ask(target: Engine, first: int, new: int = 3, **fields: object) -> tuple[str, queue.Queue[TokenEvent]]:
@@ -225,7 +225,7 @@ def generate(kv_cache_bytes: int, prefix_caching: bool) -> tuple[list[tuple[list
     """Tokens and text of ten requests, half of them with a common prompt, that come all at once."""
     model = Model(by_history=True, block_size=4)
     model.gate = threading.Semaphore(0)
-    config = EngineConfig(kv_cache_bytes=kv_cache_bytes, block_size=4, prefix_caching=prefix_caching)
+    config = EngineConfig(kv_cache_bytes=kv_cache_bytes, block_size=4, prefix_caching=prefix_caching).sized(False)
     target = Engine(model, cast(Tokenizer, Letters()), config, kv_bytes_per_token=1)
     heard: list[queue.Queue[TokenEvent]] = []
     for number in range(10):
@@ -375,7 +375,7 @@ def test_every_step_is_told_of_even_one_that_fails() -> None:
             step.events.append(StepEvent("failover", time.monotonic(), 0.5, group=2, layer=1, cause="planted"))
         return model(chunks, step)
 
-    target = Engine(forward, None, EngineConfig(), 1, observer=watcher, detail_steps=1)
+    target = Engine(forward, None, EngineConfig().sized(False), 1, observer=watcher, detail_steps=1)
     _, last = collect(ask(target, 5, new=3, trace_detail=True)[1])
     assert last.account is not None
     assert [record.detail is not None for record in watcher.steps] == [True, False, False]

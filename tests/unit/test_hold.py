@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
-from cluster.experts.bank import ExpertBank
-from cluster.experts.group import ExpertGroup
+from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.group import ExpertGroup, how_to_compute
 from cluster.weights.kernels import PACKED
 from cluster.weights.zoo import architectures
 from tests.conftest import MakeTiny
@@ -78,8 +78,14 @@ def test_what_does_not_exist_or_does_not_fit_is_refused_and_changes_nothing(tiny
     assert ours.holdings[0] == (0, 1)
 
 
-@pytest.mark.parametrize("memory", ["all", "200K"])
-def test_calls_go_on_right_while_experts_come_and_go(memory: str, tiny: MakeTiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("memory", "from_host"), [("all", False), ("200K", False), ("200K", True)])
+def test_calls_go_on_right_while_experts_come_and_go(
+    memory: str, from_host: bool, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def how(*args: Any) -> Compute:
+        return dataclasses.replace(how_to_compute(*args), from_host=from_host)  # as beside a GPU
+
+    monkeypatch.setattr("cluster.experts.group.how_to_compute", how)
     path = tiny("qwen3_moe")
     config = config_for(path, expert_memory=memory)
     whole = bank(path)
