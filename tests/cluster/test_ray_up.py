@@ -16,13 +16,14 @@ import yaml
 
 from cluster.config import EMBEDDED_MODEL
 from tests.cluster.hosts import ROOT, Host, Hosts, missing
+from tests.documents import block
 
 WHY_NOT = missing()
 pytestmark = [
     pytest.mark.skipif(bool(WHY_NOT), reason=f"hosts of namespaces: {WHY_NOT}; `ray up` was NOT tested"),
     pytest.mark.timeout(600),
 ]
-LOCAL, SERVE = ROOT / "deploy/ray/local.yaml", ROOT / "deploy/ray/serve-config.yaml"
+SERVE = ROOT / "deploy/ray/serve-config.yaml"
 RAY = "10.77.0.11:6379"
 CLIENTS = "10.77.0.11:9000"
 LOADED_S = 25.0
@@ -33,14 +34,23 @@ class Cluster:
 
     def __init__(self, hosts: Hosts) -> None:
         self.hosts, self.head, self.workers = hosts, hosts.hosts[0], hosts.hosts[1:]
-        hosts.run("ray", "get-auth-token", "--generate")
-        self.token = (hosts.home / ".ray" / "auth_token").read_text()
 
-    def up(self) -> None:
-        self.hosts.run("ray", "up", "-y", "--no-config-cache", str(LOCAL), timeout_s=180)
+    @property
+    def token(self) -> str:
+        """Ray's, once there is one."""
+        return (self.hosts.home / ".ray" / "auth_token").read_text()
 
-    def down(self) -> None:
-        self.hosts.run("ray", "down", "-y", str(LOCAL), timeout_s=120)
+    def documented(self, begins: str, but: tuple[str, ...] = ()) -> list[str]:
+        """Runs a block of deploy/ray/README.md on the laptop as it stands there, and says yes to what it asks; what
+        each command printed. Those that begin with ``but`` are left out."""
+        printed = []
+        for command in block("deploy/ray/README.md", begins).commands:
+            if not (but and command.startswith(but)):
+                shell = command.replace("HEAD:9000", CLIENTS)
+                done = self.hosts.run("sh", "-c", shell, timeout_s=240, check=False, typed="y\n" * 9)
+                assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+                printed.append(done.stdout)
+        return printed
 
     def on_head(self, command: str, timeout_s: float = 240.0, check: bool = True) -> str:
         """Standard output of a command on the head."""
@@ -120,16 +130,16 @@ def changed(report: dict[str, Any]) -> set[str]:
 def cluster() -> Iterator[Cluster]:
     with Hosts(3, EMBEDDED_MODEL) as hosts:
         made = Cluster(hosts)
-        made.up()
+        made.documented("ray get-auth-token")
         made.wait_for(["head", "worker-1", "worker-2"], 90)
         yield made
 
 
 @pytest.fixture(scope="module")
 def served(cluster: Cluster) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(SERVE.read_text())
-    cluster.deploy(config)
+    cluster.documented("ray rsync-up")
     cluster.wait_for_groups(2, 120)
+    config: dict[str, Any] = yaml.safe_load(SERVE.read_text())
     return config
 
 
@@ -151,6 +161,8 @@ def test_it_is_exact_across_hosts(cluster: Cluster, transport: str) -> None:
 
 @pytest.mark.full
 def test_the_doctor_sees_every_host(cluster: Cluster) -> None:
+    (table,) = cluster.documented("ray exec deploy/ray/local.yaml 'RAY_AUTH_MODE=token expertmesh doctor")
+    assert all(host in table for host in ("head", "worker-1", "worker-2"))
     out = cluster.on_head(f"expertmesh doctor --address {RAY} --json", check=False)
     findings = json.loads(out.splitlines()[-1])["findings"]
     assert {finding["host"] for finding in findings} >= {"head", "worker-1", "worker-2"}
@@ -177,8 +189,9 @@ def test_serve_config_puts_it_on_the_cluster(cluster: Cluster, served: dict[str,
     for group in status["groups"]:
         assert group["transport"] == "grpc"
         assert "shm" in group["link"]["why"]
-    done = cluster.hosts.run("expertmesh", "generate", "ROMEO.", "--server", CLIENTS, "--max-new-tokens", "5", "--json")
-    assert json.loads(done.stdout.splitlines()[-1])["completion_tokens"] == 5
+    text, shown = cluster.documented("expertmesh generate", but=("ray dashboard",))  # which is there until Ctrl-C
+    assert len(text.split()) > 8
+    assert "grpc" in shown
 
 
 @pytest.mark.full
@@ -226,6 +239,6 @@ def test_a_host_loses_power_under_load(cluster: Cluster, served: dict[str, Any])
 def test_it_is_taken_down(cluster: Cluster) -> None:
     for worker in cluster.workers:
         cluster.hosts.ssh(worker, "ray stop --force", check=False)
-    cluster.down()
+    cluster.documented("ray exec deploy/ray/local.yaml 'RAY_AUTH_MODE=token serve shutdown")
     left = {process.name() for host in cluster.hosts.hosts for process in host.processes()}
     assert not {name for name in left if "raylet" in name or "gcs_server" in name}, left

@@ -31,7 +31,7 @@ def answers(ours: ExpertBank, layer: int, experts: list[int], hidden_TH: torch.T
     found = []
     for expert in experts:  # each alone: a wrong slot shows
         alone = pairs(torch.full((len(hidden_TH), 1), expert), torch.ones(len(hidden_TH), 1), hidden_TH)
-        found.append(ours.compute(layer, alone))
+        found.append(ours.compute(layer, alone).cpu())
     return torch.stack(found)
 
 
