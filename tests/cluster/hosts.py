@@ -199,9 +199,9 @@ class Hosts:
         return {**kept, "HOME": pwd.getpwuid(os.geteuid()).pw_dir, "PATH": path, "PYTHONPATH": str(ROOT), **more}
 
     def run(
-        self, *command: str, timeout_s: float = 120.0, check: bool = True, typed: str | None = None, **more: str
+        self, *command: str, timeout_s: float = 120.0, check: bool = True, **more: str
     ) -> subprocess.CompletedProcess[str]:
-        """A command on the laptop, to its end, which reads what was ``typed``."""
+        """A command on the laptop, to its end."""
         return subprocess.run(
             self.command(*command),
             env=self.environ(**more),
@@ -210,7 +210,6 @@ class Hosts:
             text=True,
             timeout=timeout_s,
             check=check,
-            input=typed,
         )
 
     def ssh(

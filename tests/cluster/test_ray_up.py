@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -41,13 +42,13 @@ class Cluster:
         return (self.hosts.home / ".ray" / "auth_token").read_text()
 
     def documented(self, begins: str, but: tuple[str, ...] = ()) -> list[str]:
-        """Runs a block of deploy/ray/README.md on the laptop as it stands there, and says yes to what it asks; what
-        each command printed. Those that begin with ``but`` are left out."""
+        """Runs a block of deploy/ray/README.md on the laptop as it stands there, but for the yes that Ray asks people
+        for; what each command printed. Those that begin with ``but`` are left out."""
         printed = []
         for command in block("deploy/ray/README.md", begins).commands:
             if not (but and command.startswith(but)):
-                shell = command.replace("HEAD:9000", CLIENTS)
-                done = self.hosts.run("sh", "-c", shell, timeout_s=240, check=False, typed="y\n" * 9)
+                shell = re.sub("^ray (up|down)", r"ray \1 -y", command.replace("HEAD:9000", CLIENTS))
+                done = self.hosts.run("sh", "-c", shell, timeout_s=240, check=False)
                 assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
                 printed.append(done.stdout)
         return printed
