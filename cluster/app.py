@@ -35,6 +35,7 @@ from cluster.experts.serve import ExpertsShell
 from cluster.placement.binding import Binding
 from cluster.placement.hosts import preferred_host
 from cluster.placement.planner import Holdings, table_from_groups
+from cluster.placement.shares import processes_each
 from cluster.plan import Plan
 from cluster.settings import LOOPBACK
 from cluster.transport.base import Transport
@@ -290,8 +291,7 @@ def gpus_each(plan: Plan) -> float:
     if have == 0 or plan.config.device == "cpu":
         return 0.0
     routers, share = plan.config.routers, plan.config.gpu_share
-    # Ray counts in ten-thousandths, and no process has parts of two.
-    each = math.floor(round(1.0 / share, 4))
+    each = processes_each(share)
     need = 1 if plan.one_process else routers + len(plan.holdings)
     if have * each < need:
         whole = math.ceil(need / each)
@@ -356,8 +356,8 @@ class GroupBuilder:
         return application
 
     def _place(self, group: GroupId) -> dict[str, Any]:
-        """Groups prefer different hosts: copies on one host die together. Where GPUs are booked, they decide."""
-        if self.gpus or "fallback_strategy" in self.actor or "resources" in self.actor:
+        """Groups prefer different hosts: copies on one host die together. Where whole GPUs are booked, they decide."""
+        if self.gpus >= 1 or "fallback_strategy" in self.actor or "resources" in self.actor:
             return {}
         return preferred_host(group, self.actor.get("label_selector") or {}, ray.nodes())
 

@@ -120,8 +120,8 @@ class Config:
             raise ConfigError(f"routers: got {self.routers}; groups in the router's own process have one router")
         if self.placement.moves and (self.groups == 0 or "inproc" in self.transports()):
             raise ConfigError("placement: groups in the router's own process cannot change while it serves")
-        if not 0.0 < self.gpu_share <= 1.0:
-            raise ConfigError(f"gpu_share: got {self.gpu_share!r}; must be above 0 and at most 1")
+        if not 0.0001 <= self.gpu_share <= 1.0:
+            raise ConfigError(f"gpu_share: got {self.gpu_share!r}; must be from 0.0001 to 1")
         _at_least("threads", self.threads, 0)
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)

@@ -43,6 +43,7 @@ def blocks() -> list[Block]:
 
 
 def block(document: str, begins: str) -> Block:
-    """The one that begins with these words."""
-    (found,) = [each for each in blocks() if each.name.startswith(f"{document}: {begins}")]
+    """The one whose first command is this, or else begins with it."""
+    name, every = f"{document}: {begins}", blocks()
+    (found,) = [each for each in every if each.name == name] or [each for each in every if each.name.startswith(name)]
     return found

@@ -75,7 +75,7 @@ class RouterShell:
         """In the thread that loads everything and starts the others: they inherit its memory policy."""
         one_process = config.groups == 0 or "inproc" in config.transports()  # wants all of the machine
         mode = "off" if one_process else config.numa
-        binding = Binding.of_router(mode, config.groups, own_gpu(config.device), hosts)
+        binding = Binding.of_router(mode, config.groups, own_gpu(config), hosts)
         return build(config, self._membership, binding)
 
     def _membership(self) -> Membership:

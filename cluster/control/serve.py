@@ -25,6 +25,7 @@ from cluster.errors import ConfigError, ExpertMeshError, Unavailable
 from cluster.experts.kept import basis_of, keep_plan, kept_plan
 from cluster.placement.layout import balancedness
 from cluster.placement.planner import Holdings
+from cluster.placement.shares import has_room
 from cluster.routing.report import RouterReport
 from cluster.telemetry import logs
 
@@ -90,8 +91,8 @@ class ServeFleet:
     def start(self, group: GroupId, holdings: Holdings) -> None:
         """See `cluster.control.executor.Fleet`."""
         there = group in self.groups()  # left by a change that was not finished; it has its GPU
-        free = _typed(ray.available_resources).get("GPU", 0.0)
-        if free < self.gpus and not there:
+        gpus, free = (_typed(ask).get("GPU", 0.0) for ask in (ray.cluster_resources, ray.available_resources))
+        if not there and not has_room(gpus, free, self.gpus):
             raise ConfigError(f"groups: group {group} needs {self.gpus:g} GPU, and {free:g} are free in the cluster")
         run_application(self.build(group, holdings), group_app(group), self.start_timeout_s)
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cluster.core import Clock, Request
 from cluster.engine.blocks import BlockPool, BlockTable
-from cluster.errors import Overloaded
+from cluster.errors import ConfigError, Overloaded
 from cluster.settings import EngineConfig
 
 FAIR_PART = 4
@@ -130,6 +130,8 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig, pool: BlockPool, clock: Clock, colds: ColdCosts | None = None) -> None:
+        if config.step_token_budget < 1 or config.prefill_chunk < 1:
+            raise ConfigError("engine.step_token_budget: is by device, which nobody has said: see EngineConfig.sized")
         self._config, self._pool, self._clock, self._colds = config, pool, clock, colds
         self._token_s = 0.0  # what a prefill token takes; 0 until one was seen
         # One token each must fit into a step, or running sequences would stall.

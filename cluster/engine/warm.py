@@ -22,7 +22,7 @@ from cluster.settings import EngineConfig
 
 TIMEOUT_S = 300.0
 _NEW = 3
-_LONGEST = 128
+_LONGEST = 1024
 
 
 class Wave(NamedTuple):

@@ -43,6 +43,8 @@ from cluster.weights.skeleton import MoeLayer
 MAX_PIECE_BYTES = 4 * 1024**2
 """Where experts have a budget, about so many bytes of rows go through them at a time: large prefills would otherwise
 take as much memory as the experts."""
+MIXED_PAIRS = 1024
+"""Rows times pairs of a call up to which a dense product adds the experts' answers faster than an indexed sum."""
 _LEAVE_S = 30.0
 LOADING_THREADS = 4
 """Where threads are not counted out, as beside a GPU."""
@@ -277,11 +279,20 @@ class ExpertBank:
         rank_S = np.zeros(bank.num_slots, np.int64)
         rank_S[slots] = np.arange(slots.size)
         order_P = np.argsort(rank_S[slot_P], kind="stable")
-        index_P = torch.from_numpy(rows_P[order_P]).to(self.device, torch.int64)
-        gate_P = torch.from_numpy(weight_P.view(np.float32)[order_P]).to(self.device)
+        row_P, weight_P = rows_P[order_P], weight_P.view(np.float32)[order_P]
+        index_P = torch.from_numpy(row_P).to(self.device, torch.int64)
         sorted_PH = hidden_TH.to(self.device).index_select(0, index_P)
-        output_PH = self._run(bank.experts, sorted_PH, slots, counts_S[slots])
-        partial_TH.index_add_(0, index_P, output_PH.float() * gate_P[:, None])
+        output_PH = self._run(bank.experts, sorted_PH, slots, counts_S[slots]).float()
+        small = partial_TH.is_cpu and len(partial_TH) * len(row_P) <= MIXED_PAIRS
+        if small and math.isfinite(float(output_PH.sum())):
+            # One small product: adding rows by index wakes torch's other threads, which takes longer than all the rest.
+            # What is not finite must stay in its row, and 0 times infinity would not.
+            mix_TP = np.zeros((len(partial_TH), len(row_P)), np.float32)
+            mix_TP[row_P, np.arange(len(row_P))] = weight_P
+            partial_TH.addmm_(torch.from_numpy(mix_TP), output_PH)
+        else:
+            gate_P = torch.from_numpy(weight_P).to(self.device)
+            partial_TH.index_add_(0, index_P, output_PH * gate_P[:, None])
 
     def _slots(self, bank: _LayerBank, layer: int, rows_P: Any, experts_P: Any, num_tokens: int) -> Any:
         """The slot of each pair, after everything has been checked."""

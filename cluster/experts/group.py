@@ -308,9 +308,12 @@ def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, thr
     )
 
 
-def own_gpu(wanted: str) -> str | None:
-    """PCI address of the GPU that this process computes on, as sysfs writes it; None on CPUs."""
-    address = pci_address(pick_device(wanted))
+def own_gpu(config: Config) -> str | None:
+    """PCI address of the GPU that this process computes on, as sysfs writes it; None on CPUs, and where others compute
+    on it too: the place beside it is one process's."""
+    if config.gpu_share < 1:
+        return None
+    address = pci_address(pick_device(config.device))
     return f"{address}.0" if address else None
 
 

@@ -24,7 +24,7 @@ class ExpertsShell:
         self, group: GroupId, holdings: Holdings, config: Config, threads: int, groups: int = 1, hosts: int = 1
     ) -> None:
         logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
-        gpu = own_gpu(config.device)
+        gpu = own_gpu(config)
         binding = Binding.of_group(config.numa, group, groups, gpu, hosts)
         threads = config.threads or binding.threads(threads)
         host_address = ray.util.get_node_ip_address()

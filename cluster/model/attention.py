@@ -1,4 +1,5 @@
-"""Attention over a packed batch: each sequence by itself, with the model's own eager function or a faster one.
+"""Attention over a packed batch: each sequence by itself (on GPUs, those with one token together: `together`), with the
+model's own eager function or a faster one.
 
 The eager function takes masks, sinks and whatever else the architecture has. torch's scaled dot-product attention is
 faster and knows masks only; a layer uses it after it gave the same result as the eager one, once with one token and
@@ -163,8 +164,16 @@ def _fast(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     gqa = query.shape[1] != keys.shape[1]
-    output = F.scaled_dot_product_attention(query, keys, values, allowed, scale=scaling, enable_gqa=gqa)
-    return output.transpose(1, 2)
+    rows = query.shape[2]
+    # On GPUs masked grouped heads may go through plain products, whose scores take memory as those of eager ones do.
+    at_once = rows if query.is_cpu else max(1, PIECE_LIMIT // keys.shape[2])
+    parts = []
+    for first in range(0, rows, at_once):
+        piece = slice(first, first + at_once)
+        seen = None if allowed is None else allowed[piece]
+        part = F.scaled_dot_product_attention(query[:, :, piece], keys, values, seen, scale=scaling, enable_gqa=gqa)
+        parts.append(part.transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _eager(

@@ -1,7 +1,7 @@
 """A ragged batch packed as one row: its positions, its masks, and the cache that keeps sequences apart.
 
-All tokens of a step are one ``[1, T]`` row. Attention is computed for each sequence by itself
-(`cluster.model.attention`); what of a sequence's history a token may see is asked of the model's own mask functions.
+All tokens of a step are one ``[1, T]`` row. Attention does not mix sequences (`cluster.model.attention`); what of a
+sequence's history a token may see is asked of the model's own mask functions.
 """
 
 from __future__ import annotations

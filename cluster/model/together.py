@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-MAX_POSITIONS = 256 * 1024
-"""Sequences times the longest history of one padded batch: with 4 KiB a token and layer, a gathered GiB."""
+MAX_POSITIONS = 32 * 1024
+"""Sequences times the longest history of one padded batch: with 80 KiB a token and layer, as in DeepSeek-V3's eager
+attention, 2.5 GiB."""
+MAX_PADDING = 4 * 1024
+"""Positions of a padded batch that may be nobody's: gathering them takes longer than another batch."""
 MaskFunction = Callable[..., torch.Tensor]
 
 
@@ -29,8 +32,11 @@ class Single:
 
 
 class Bundle:
-    """Some of them, padded to the longest. ``rows_B`` are their rows; ``offset_BS`` counts each history, and where
-    that is over repeats its beginning, since memory that nobody wrote may hold what even a masked product spoils."""
+    """Some of them, in the order of their rows, padded to the longest.
+
+    ``rows_B`` are their rows. ``offset_BS`` counts each history, and where that is over repeats its beginning, since
+    memory that nobody wrote may hold what even a masked product spoils.
+    """
 
     def __init__(self, singles: Sequence[Single], block_size: int, device: torch.device) -> None:
         self._device, self._block_size = device, block_size
@@ -80,16 +86,14 @@ class Bundle:
 
 
 def bundles_of(singles: Sequence[Single], block_size: int, device: torch.device) -> list[Bundle]:
-    """All of them, in bundles that are not too large to gather. They are in the order of their rows."""
-    bundles: list[Bundle] = []
-    waiting: list[Single] = []
-    longest = 0
-    for single in singles:
-        longest = max(longest, single.total)
-        if waiting and (len(waiting) + 1) * longest > MAX_POSITIONS:
-            bundles.append(Bundle(waiting, block_size, device))
-            waiting, longest = [], single.total
-        waiting.append(single)
-    if waiting:
-        bundles.append(Bundle(waiting, block_size, device))
-    return bundles
+    """All of them, those of like lengths together, in bundles that are not too large to gather."""
+    parts: list[list[Single]] = []
+    filled = 0
+    for single in sorted(singles, key=lambda single: single.total):
+        positions = (len(parts[-1]) + 1) * single.total if parts else 0
+        if not parts or positions > MAX_POSITIONS or positions - filled - single.total > MAX_PADDING:
+            parts.append([])
+            filled = 0
+        parts[-1].append(single)
+        filled += single.total
+    return [Bundle(sorted(part, key=lambda single: single.row), block_size, device) for part in parts]

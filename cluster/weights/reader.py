@@ -112,7 +112,8 @@ class ExpertReader:
         return self._files[file]
 
     def read(self, layer: MoeLayer, experts: Sequence[int], threads: int = 1) -> dict[str, torch.Tensor]:
-        """Parameters of the layer's experts module, first dimension ``len(experts)``, read by ``threads`` threads."""
+        """Parameters of the layer's experts module, first dimension ``len(experts)``, read by ``threads`` threads, or
+        with ``direct`` by one: readings of a file share a buffer."""
         tensors = {
             key: torch.empty((len(experts), *parameter.shape[1:]), dtype=self._dtype)
             for key, parameter in layer.module.named_parameters()
@@ -123,7 +124,7 @@ class ExpertReader:
         def fill(slot: int) -> None:
             self.fill(layer, experts[slot], Target({key: tensor[slot] for key, tensor in tensors.items()}))
 
-        if threads == 1 or len(experts) < 2:
+        if threads == 1 or self._direct or len(experts) < 2:
             for slot in range(len(experts)):
                 fill(slot)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,6 @@ from tests.pki import Pki
 README, TRACES, CLUSTER = "README.md", "deploy/observability/README.md", "deploy/ray/README.md"
 HERE, RAY_UP = "tests/e2e/test_documents.py", "tests/cluster/test_ray_up.py"
 RUN = {
-    f"{README}: make demo": "tests/e2e/test_commands.py::test_demo_prints_text",
     f"{README}: expertmesh serve --model": f"{HERE}::test_serve_and_ask",
     f"{README}: expertmesh generate": f"{HERE}::test_serve_and_ask",
     f"{README}: expertmesh zoo make --arch mixtral": f"{HERE}::test_verify",
@@ -41,14 +41,15 @@ RUN = {
     f"{CLUSTER}: expertmesh generate": f"{RAY_UP}::test_serve_config",
     f"{CLUSTER}: ray exec deploy/ray/local.yaml 'RAY_AUTH_MODE=token serve shutdown": f"{RAY_UP}::test_it_is_taken",
     # The same commands with smaller numbers: these take many minutes as they stand.
-    f"{README}: expertmesh bench dispatch": "tests/e2e/test_commands.py::test_bench_dispatch",
+    f"{README}: expertmesh bench dispatch": f"{HERE}::test_benchmarks_with_smaller_numbers",
     f"{README}: expertmesh bench trace-cost": f"{HERE}::test_benchmarks_with_smaller_numbers",
     f"{README}: expertmesh bench cold": f"{HERE}::test_benchmarks_with_smaller_numbers",
     f"{README}: expertmesh bench first": f"{HERE}::test_benchmarks_with_smaller_numbers",
-    f"{README}: expertmesh serve --groups 3 --copies 2": "tests/e2e/test_commands.py::test_a_drill",
+    f"{README}: expertmesh serve --groups 3 --copies 2": f"{HERE}::test_damage",
 }
 """Which test runs a block."""
 NOT_RUN = {
+    f"{README}: make demo": "`make test` is what runs this; the demo has a test of its own",
     f"{README}: expertmesh zoo make --arch qwen3_moe --preset bench-700m": "peers are gigabytes from a registry",
     f"{TRACES}: docker compose": "wants a container engine",
 }
@@ -141,7 +142,8 @@ def test_load_and_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     sh(record, tmp_path, instead={"--duration 60": "--duration 6"})
     assert (tmp_path / "bench-serve.png").stat().st_size > 10_000
     with Serving("expertmesh serve", tmp_path, monkeypatch) as served:
-        assert '"errors"' in sh(replay, tmp_path, served.address)
+        report = json.loads(sh(replay, tmp_path, served.address).splitlines()[-1])
+        assert report["errors"] == {}, report["errors"]
 
 
 @pytest.mark.full
@@ -165,12 +167,21 @@ def test_look_at_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.full
+def test_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve, drill = block(README, "expertmesh serve --groups 3 --copies 2").commands
+    with Serving(serve, tmp_path, monkeypatch) as served:
+        assert sh("expertmesh generate To --max-new-tokens 3", tmp_path, served.address)
+    assert sh(f"{drill} --before 5", tmp_path)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("begins", "fewer"),
     [
         ("expertmesh bench trace-cost", "--pairs 1 --requests 4 --new 8"),
         ("expertmesh bench cold", "--rounds 1 --pairs 1 --streams 2 --new 4"),
         ("expertmesh bench first", "--starts 1 --requests 3"),
+        ("expertmesh bench dispatch", "--tokens 2 --hidden 64 --samples 20 --seconds 0.2"),
     ],
 )
 def test_benchmarks_with_smaller_numbers(begins: str, fewer: str, tmp_path: Path) -> None:

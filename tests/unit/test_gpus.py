@@ -11,8 +11,12 @@ import pytest
 
 from cluster.app import gpus_each
 from cluster.config import Config
+from cluster.engine.blocks import BlockPool
+from cluster.engine.scheduler import Scheduler
 from cluster.errors import ConfigError
+from cluster.placement.shares import has_room
 from cluster.plan import Plan
+from cluster.settings import EngineConfig
 from cluster.transport.gpus import path_between
 
 ONE, OTHER = "0000:17:00", "0000:65:00"
@@ -95,6 +99,33 @@ def test_too_few_gpus_are_refused_with_what_would_do(
         assert word in str(caught.value)
     share = float(str(caught.value).split("gpu_share ")[1].split()[0])
     assert booked(monkeypatch, gpus, **{**settings, "gpu_share": share}) == share
+
+
+@pytest.mark.parametrize(
+    ("gpus", "free", "share", "fits"),
+    [
+        (2, 1.0, 1.0, True),
+        (2, 0.0, 1.0, False),
+        (1, 0.25, 0.25, True),
+        (1, 0.0, 0.25, False),
+        # 0.2 free on each of two: together enough, for nobody.
+        (2, 0.4, 0.4, False),
+        (2, 0.8, 0.4, True),
+        # Ray books 0.1429, of which six fit.
+        (1, 1 - 6 * 0.1429, 0.142857, False),
+        (0, 0.0, 0.0, True),
+    ],
+)
+def test_free_parts_of_several_gpus_are_not_one(gpus: int, free: float, share: float, fits: bool) -> None:
+    assert has_room(gpus, free, share) == fits
+
+
+def test_steps_are_larger_on_a_gpu_unless_somebody_says_how_large() -> None:
+    large, small = EngineConfig().sized(on_gpu=True), EngineConfig().sized(on_gpu=False)
+    assert large.step_token_budget > small.step_token_budget > 0
+    assert EngineConfig(step_token_budget=7, prefill_chunk=3).sized(on_gpu=True).prefill_chunk == 3
+    with pytest.raises(ConfigError, match="step_token_budget"):
+        Scheduler(EngineConfig(), BlockPool(1, 1), lambda: 0.0)
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5])

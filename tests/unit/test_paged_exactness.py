@@ -31,8 +31,9 @@ def test_a_cache_too_small_for_all_and_shared_prefixes_give_the_oracles_tokens(
 ) -> None:
     bundles: list[int] = []
     monkeypatch.setattr(Bundle, "put", lambda bundle, *rows, put=Bundle.put: (bundles.append(1), put(bundle, *rows)))
-    # So few that bundles are cut into several.
+    # So few that bundles are cut into several, with rows of each between those of others.
     monkeypatch.setattr("cluster.model.together.MAX_POSITIONS", 300)
+    monkeypatch.setattr("cluster.model.together.MAX_PADDING", 20)
     path = tiny(arch, seed=random.randrange(10_000))
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prefix = [random.randrange(512) for _ in range(2 * WINDOW + 3)]

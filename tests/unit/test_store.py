@@ -232,10 +232,18 @@ def test_a_budget_for_less_than_two_experts_is_refused_with_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "from_host"), [("deepseek_v3", False), ("gpt_oss", False), ("mixtral", False), ("gpt_oss", True)]
+    ("arch", "from_host", "direct"),
+    [
+        ("deepseek_v3", False, False),
+        ("gpt_oss", False, False),
+        ("mixtral", False, False),
+        ("gpt_oss", True, False),
+        ("mixtral", True, True),
+        ("deepseek_v3", True, True),
+    ],
 )
 def test_a_bank_in_a_store_computes_what_a_resident_one_does(
-    arch: str, from_host: bool, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+    arch: str, from_host: bool, direct: bool, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(tiny(arch))
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
@@ -244,7 +252,7 @@ def test_a_bank_in_a_store_computes_what_a_resident_one_does(
     size = weights.expert_bytes(layers[0], torch.float32)
     device = torch.device("cpu")
     resident = ExpertBank.load(0, weights, held, Compute(torch.float32, device))
-    how = Compute(torch.float32, device, memory_bytes=3 * size, from_host=from_host)
+    how = Compute(torch.float32, device, memory_bytes=3 * size, from_host=from_host, direct=direct)
     stored = ExpertBank.load(0, weights, held, how)
     assert stored.store is not None
     assert stored.num_bytes <= 3 * size
