@@ -43,9 +43,6 @@ from cluster.transport.replies import (
 
 log = logging.getLogger(__name__)
 
-_REPLY = int(Kind.REPLY)
-_TAKEN = object()
-"""What the stream's iterator sees of an answer that was delivered already."""
 SERVICE, METHOD = "cluster.rpc.v1.Experts", "LayerCalls"
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -105,7 +102,7 @@ class GrpcTransport:
         except ConfigError as exc:  # files that are being replaced: the next attempt may find them
             raise LinkBroken(f"group {group} at {address}: {exc}") from exc
         self._outbox.put(encode_hello(greeting))
-        call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}", response_deserializer=self._parse)
+        call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
         self._stream = call(iter(self._outbox.get, None))
         self._reader = threading.Thread(target=self._read, name=f"{self.kind}-link-{group}", daemon=True)
         self._reader.start()
@@ -188,10 +185,6 @@ class GrpcTransport:
     def _read(self) -> None:
         try:
             for frame in self._stream:
-                if frame is _TAKEN:
-                    continue
-                if isinstance(frame, Exception):
-                    raise frame
                 if frame and frame[0] == Kind.REPLY:
                     self._deliver(frame)
                 elif not self._welcomed.is_set() and (welcome := decode_welcome(frame)) is not None:
@@ -211,18 +204,6 @@ class GrpcTransport:
         except Exception as exc:
             log.exception("reading the link to group %d failed", self.group)
             self._break(LinkBroken(f"link to group {self.group} failed: {type(exc).__name__}"))
-
-    def _parse(self, frame: bytes) -> bytes | Exception | object:
-        """Takes an answer where gRPC makes messages out of bytes, in the thread that received them: one hand-over less
-        than behind the stream's iterator, which gets what is left to do. A payload must be waited for, which that
-        thread must not do; and what is raised there, gRPC makes an error of its own of."""
-        if self.kind != "grpc" or not frame or frame[0] != _REPLY:
-            return frame
-        try:
-            self._deliver(frame)
-        except Exception as exc:  # noqa: BLE001 - handed on, as it is, to the thread that reads the stream
-            return exc
-        return _TAKEN
 
     def _deliver(self, frame: bytes) -> None:
         """Hands a reply to whoever waits.
