@@ -195,11 +195,16 @@ def test_serve_config_puts_it_on_the_cluster(cluster: Cluster, served: dict[str,
     assert "grpc" in shown
 
 
+def _change(served: dict[str, Any], name: str, **settings: Any) -> None:
+    """Of one application's configuration; the file has one for all, which YAML makes one object of."""
+    arguments = next(item["args"] for item in served["applications"] if item["name"] == name)
+    arguments["config"] = {**arguments["config"], **settings}
+
+
 @pytest.mark.full
 def test_one_group_is_changed_under_load(cluster: Cluster, served: dict[str, Any]) -> None:
     load = cluster.load()
-    application = next(item for item in served["applications"] if item["name"] == "experts-0")
-    application["args"]["actor"]["num_cpus"] = 0.06
+    _change(served, "experts-0", drain_s=25.0)
     cluster.deploy(served)
     report = report_of(load)
     cluster.wait_for_groups(2, 90)
@@ -210,8 +215,7 @@ def test_one_group_is_changed_under_load(cluster: Cluster, served: dict[str, Any
 def test_the_router_is_changed_under_load(cluster: Cluster, served: dict[str, Any]) -> None:
     """There is one, so streams wait for the new one, and go on there."""
     load = cluster.load(40)
-    application = next(item for item in served["applications"] if item["name"] == "expertmesh")
-    application["args"]["actor"]["num_cpus"] = 0.06
+    _change(served, "expertmesh", drain_s=26.0)
     cluster.deploy(served)
     report = report_of(load)
     assert report["resumed"] > 0
