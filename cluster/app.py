@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from cluster.experts.serve import ExpertsShell
 from cluster.placement.binding import Binding
 from cluster.placement.hosts import preferred_host
 from cluster.placement.planner import Holdings, table_from_groups
-from cluster.placement.shares import processes_each
+from cluster.placement.shares import check_room
 from cluster.plan import Plan
 from cluster.settings import LOOPBACK
 from cluster.transport.base import Transport
@@ -290,17 +289,8 @@ def gpus_each(plan: Plan) -> float:
     have = int(ray.cluster_resources().get("GPU", 0))
     if have == 0 or plan.config.device == "cpu":
         return 0.0
-    routers, share = plan.config.routers, plan.config.gpu_share
-    each = processes_each(share)
-    need = 1 if plan.one_process else routers + len(plan.holdings)
-    if have * each < need:
-        whole = math.ceil(need / each)
-        part = f"{share:g} of one" if share < 1 else "one"
-        split = math.floor(1e4 / math.ceil(need / have)) / 1e4
-        raise ConfigError(
-            f"groups: {whole} GPUs are needed ({part} for each router and each group), the cluster has {have}; "
-            f"use --groups {max(0, have * each - routers)}, --device cpu, or gpu_share {split:g} (several share one)"
-        )
+    share = plan.config.gpu_share
+    check_room(have, plan.config.routers, 0 if plan.one_process else len(plan.holdings), share)
     return share
 
 
