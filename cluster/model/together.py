@@ -16,7 +16,8 @@ MAX_POSITIONS = 32 * 1024
 """Sequences times the longest history of one padded batch: with 80 KiB a token and layer, as in DeepSeek-V3's eager
 attention, 2.5 GiB."""
 MAX_PADDING = 4 * 1024
-"""Positions of a padded batch that may be nobody's: gathering them takes longer than another batch."""
+"""Positions of a padded batch that may be nobody's; a guess at what gathering them costs beside another batch's
+launches, not measured."""
 MaskFunction = Callable[..., torch.Tensor]
 
 
