@@ -70,9 +70,6 @@ class Config:
     expert_reads: str = "mapped"
     """How groups with a budget read experts: mapped leaves it to the system's page cache what else stays in memory;
     direct goes past it, so that what exceeds the budget is on the disk and nowhere else."""
-    packed_experts: str = "auto"
-    """on: CPUs keep a second copy of expert weights in the layout that is best for many rows; off: they do not; auto:
-    where memory permits."""
     device: str = "auto"
     """auto takes GPUs when the cluster has them."""
     gpu_share: float = 1.0
@@ -106,7 +103,6 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
-        _one_of("packed_experts", self.packed_experts, ("auto", "on", "off"))
         _one_of("expert_reads", self.expert_reads, ("mapped", "direct"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("front_door", self.front_door, ("router", "serve"))

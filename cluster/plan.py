@@ -19,12 +19,9 @@ from cluster.placement.windows import read_plan
 from cluster.transport.credentials import check_files
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import resolve_dtype
-from cluster.weights.footprint import Footprint, available_bytes, footprints
+from cluster.weights.footprint import Footprint, footprints
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
-
-PACKED_SHARE = 0.6
-"""Of the memory that is available: experts get a second layout only where everything fits into that much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +97,9 @@ def _holdings(config: Config, experts_per_layer: tuple[int, ...]) -> tuple[Holdi
 
 
 def _with_sizes(plan: Plan, weights: WeightMap, dtype: torch.dtype) -> Plan:
-    """The plan with bytes of its processes, and with ``packed_experts`` decided."""
+    """The plan with bytes of its processes."""
     config = plan.config
-    on_cpu = config.device != "cuda" and not torch.cuda.is_available() and dtype is torch.float32
     bits = {"int8": 8, "bf16": 16}.get(config.expert_dtype, 8 * dtype.itemsize)
-    dense = on_cpu and bits == 8 * dtype.itemsize
-
-    def sizes(copies: int) -> list[Footprint]:
-        cache = config.engine.kv_cache_bytes
-        trunk_copies = 2 if on_cpu else 1
-        budget = config.memory_bytes()
-        found = footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, copies, trunk_copies, budget)
-        return found[:1] * (config.routers - 1) + found
-
-    packed = config.packed_experts
-    if packed == "auto":
-        fits = sum(process.total for process in sizes(2)) <= PACKED_SHARE * available_bytes()
-        packed = "on" if dense and fits else "off"
-        plan = dataclasses.replace(plan, config=dataclasses.replace(config, packed_experts=packed))
-    return dataclasses.replace(plan, processes=tuple(sizes(2 if dense and packed == "on" else 1)))
+    cache, budget = config.engine.kv_cache_bytes, config.memory_bytes()
+    found = footprints(weights, plan.holdings, dtype, cache, plan.one_process, bits, budget)
+    return dataclasses.replace(plan, processes=tuple(found[:1] * (config.routers - 1) + found))

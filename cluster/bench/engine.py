@@ -94,7 +94,7 @@ def system_of(config: Config) -> Iterator[tuple[Router, Callable[[], list[GroupI
 @contextmanager
 def _group_process(config: Config, number: int) -> Iterator[subprocess.Popen[str]]:
     settings = {"model": config.model, "groups": config.groups, "dtype": config.dtype, "threads": config.threads}
-    settings |= {"expert_dtype": config.expert_dtype, "packed_experts": config.packed_experts}
+    settings |= {"expert_dtype": config.expert_dtype}
     settings["data_plane"] = {"secret": config.data_plane.secret}
     settings |= {"telemetry": QUIET, "expert_memory": config.expert_memory}
     settings |= {"predict_experts": config.predict_experts, "expert_reads": config.expert_reads}

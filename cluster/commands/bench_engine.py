@@ -103,7 +103,7 @@ def _cores() -> int:
 
 def _settings(model: Path, groups: int, transport: str, expert_dtype: str, threads: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"model": str(model.resolve()), "groups": groups, "dtype": "fp32", "threads": threads}
-    settings |= {"expert_dtype": expert_dtype, "packed_experts": "on" if expert_dtype == "auto" else "off"}
+    settings["expert_dtype"] = expert_dtype
     settings["data_plane"] = {"transport": transport, "secret": secrets.token_hex(16)}
     return settings
 

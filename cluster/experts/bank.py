@@ -21,6 +21,7 @@ from cluster.core import GroupId
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.crew import Crew
 from cluster.experts.formats import (
+    CALL_ROWS,
     Breathe,
     DenseExperts,
     LayerExperts,
@@ -56,7 +57,7 @@ LOADING_THREADS = 4
 class Compute:
     """How a bank computes: its dtype on the wire, the dtype of its weights ("auto": the same), and with what.
 
-    ``table`` (CPU only) is measured with one thread; with ``packed`` weights have a second copy in oneDNN's layout.
+    ``table`` (CPU only) says for how many rows tiles are faster than torch's products.
     """
 
     dtype: torch.dtype
@@ -64,7 +65,6 @@ class Compute:
     expert_dtype: str = "auto"
     threads: int = 1
     table: KernelTable | None = None
-    packed: bool = False
     memory_bytes: int = 0
     """Budget for experts in memory; 0: all of them."""
     predicts: bool = True
@@ -152,7 +152,7 @@ class ExpertBank:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights in memory, second copies included."""
+        """Bytes of all weights in memory."""
         return self.store.num_bytes if self.store is not None else sum(item.experts.num_bytes for item in self._layers)
 
     def reads_direct(self) -> bool:
@@ -311,12 +311,14 @@ class ExpertBank:
         """Through the experts, by as many threads as there are, each with about the same work."""
         slots, counts = slots_A.tolist(), counts_A.tolist()
         workers = min(self._crew.size, len(slots))
-        if workers == 1:
+        shared = experts.shared(counts)
+        if workers == 1 or shared == len(slots):
             return experts.run(x_PH, slots, counts)
-        wide = experts.run_wide(x_PH, slots, counts)
-        if wide is not None:
-            return wide
-        cost = experts.costs(counts_A)
+        if shared:
+            rows = sum(counts[:shared])
+            together = experts.run(x_PH[:rows], slots[:shared], counts[:shared])
+            return torch.cat((together, self._run(experts, x_PH[rows:], slots_A[shared:], counts_A[shared:])))
+        cost = counts_A + CALL_ROWS
         middle = np.cumsum(cost) - cost / 2
         wanted = np.searchsorted(middle, cost.sum() * np.arange(1, workers) / workers).tolist()
         inner = [min(max(cut, i), len(slots) - workers + i) for i, cut in enumerate(wanted, 1)]  # one expert at least
@@ -386,7 +388,7 @@ def _stored(
         slot_of_E = np.full(layer.num_experts, -1, np.int64)
         slot_of_E[list(experts)] = 0
         pool = store.pool(layer.layer)
-        dense = DenseExperts(layer.module, pool.tensors, how.table, packed=False)
+        dense = DenseExperts(layer.module, pool.tensors, how.table)
         banks.append(_LayerBank(slot_of_E, dense, max(1, pool.slots)))
     return ExpertBank(group, banks, how, layers, reader, store, tier)
 
@@ -403,7 +405,7 @@ def _load_layer(reader: ExpertReader, layer: MoeLayer, experts: list[int], how: 
     threads = how.threads if how.device.type == "cpu" else LOADING_THREADS
     tensors = {k: v.to(how.device) for k, v in reader.read(layer, experts, max(1, threads)).items()}
     if kind == "auto":
-        dense: LayerExperts = DenseExperts(layer.module, tensors, how.table, how.packed)
+        dense: LayerExperts = DenseExperts(layer.module, tensors, how.table)
         return _LayerBank(slot_of_E, dense, max(1, len(experts)))
     if how.device.type != "cpu" or how.dtype is not torch.float32 or kind == "fp32":
         raise ConfigError(

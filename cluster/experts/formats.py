@@ -1,7 +1,7 @@
 """How a layer's experts lie in memory, and how rows go through them.
 
-Dense formats keep the checkpoint's values: plain tensors, which all devices understand, and beside them oneDNN's
-blocked copies where the CPU's table says that these win. Quantised formats keep fewer bytes and other values.
+Dense experts are the checkpoint's values in plain tensors, which all devices understand. Quantised formats keep fewer
+bytes and other values.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cluster.weights.kernels import PACKED, PLAIN, KernelTable, can_pack, can_split, pack, packed_linear, split_linear
+from cluster.weights.kernels import KernelTable
+from cluster.weights.tiles import can_tile, tiled_product
 
 Product = Callable[[torch.Tensor, int, int], torch.Tensor]
 """(rows, 0 for the up-projection or 1 for the down-projection, slot) -> rows, without bias."""
-Packed = tuple[torch.Tensor, torch.Tensor]
 Breathe = Callable[[], None]
 """Called between two pieces of work of a thread that others should hardly notice; it may wait."""
-CALL_S = 50e-6
-"""What a product costs that is called from Python and not from inside a grouped one."""
-MAX_COST_ROWS, MAX_WIDE = 32, 8
+CALL_ROWS = 3.0
+"""An expert costs what so many rows cost, and its rows: its weights are read."""
 
 
 def no_pause() -> None:
@@ -54,69 +53,42 @@ class LayerExperts(Protocol):
         """Slots that have rows, in the order in which `run` wants them. ``counts_S``: rows of each slot."""
         ...
 
-    def costs(self, counts: Any) -> Any:
-        """Estimates of what experts with so many rows cost, in the same unit, for splitting work."""
-        ...
-
     def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """[P, H]: the first ``counts[0]`` rows through expert ``slots[0]``, and so on."""
         ...
 
-    def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
-        """The same one expert after the other, each with all threads of the caller; None where that is no gain."""
+    def shared(self, counts: Sequence[int]) -> int:
+        """So many of the first experts, in this order, are best run together by all threads of the caller; the others
+        are split among threads."""
         ...
 
 
 class DenseExperts:
     """Weights as in the checkpoint, in the served dtype.
 
-    ``tensors`` are the parameters of transformers' experts module for these experts, first dimension S. Experts with
-    few rows go through grouped products of the plain weights, those with more through packed copies, if there are any.
+    ``tensors`` are the parameters of transformers' experts module for these experts, first dimension S. On CPUs experts
+    with so few rows as ``table`` says go through tiles (`cluster.weights.tiles`), all at once and with all threads;
+    everything else through torch's grouped products.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        tensors: dict[str, torch.Tensor],
-        table: KernelTable | None,
-        packed: bool,
-        known: Sequence[Packed | None] = (),
-        breathe: Breathe = no_pause,
-    ) -> None:
-        self._module, self._tensors, self._table, self._wants_packed = module, tensors, table, packed
+    def __init__(self, module: Any, tensors: dict[str, torch.Tensor], table: KernelTable | None) -> None:
+        self._module, self._tensors, self._table = module, tensors, table
         up = "gate_up_proj" if module.has_gate else "up_proj"
         self._up, self._down = tensors[up], tensors["down_proj"]
         self._up_bias, self._down_bias = tensors.get(f"{up}_bias"), tensors.get("down_proj_bias")
-        # The last number of rows for which the plain weights are best; everything where nothing is packed.
-        self._few = 1 << 30
-        self._packed: list[Packed] = []
         self.num_bytes = sum(t.nbytes for t in (self._up, self._down, self._up_bias, self._down_bias) if t is not None)
         self._grouped = self._can_group()
-        held = len(self._up) > 0 and not module.is_transposed
-        self._wide = held and can_split(self._up[0]) and can_split(self._down[0])
-        self._costs = np.arange(1.0, MAX_COST_ROWS + 2.0)
-        if packed and table is not None and len(self._up) and can_pack(self._up[0]):
-            self._few = table.plain_up_to(CALL_S)
-            ready = list(known) or [None] * len(self._up)
-            for pair, (first, second) in zip(ready, self._pairs(), strict=True):
-                if pair is None:
-                    pair = pack(self._plain(first)), pack(self._plain(second))
-                    breathe()
-                self._packed.append(pair)
-            self.num_bytes += self._up.nbytes + self._down.nbytes
-        if table is not None:
-            self._costs = np.array([self._seconds(table, rows) for rows in range(MAX_COST_ROWS + 1)])
+        self._few = 0
+        """Experts with at most so many rows go through tiles."""
+        if table is not None and not module.is_transposed and can_tile(self._up) and can_tile(self._down):
+            self._few = table.tiled_up_to
 
     def with_slots(
         self, fresh: dict[str, torch.Tensor], sources: Sequence[Source], breathe: Breathe = no_pause
     ) -> DenseExperts:
-        """See `LayerExperts`; packed copies that are there are used again."""
+        """See `LayerExperts`."""
         tensors = {name: _gathered(now, fresh[name], sources, breathe) for name, now in self._tensors.items()}
-        known = [self._packed[source.place] if source.old and self._packed else None for source in sources]
-        return DenseExperts(self._module, tensors, self._table, self._wants_packed, known, breathe)
-
-    def _pairs(self) -> list[Packed]:
-        return list(zip(self._up, self._down, strict=True))
+        return DenseExperts(self._module, tensors, self._table)
 
     def _plain(self, weight: torch.Tensor) -> torch.Tensor:
         """[outputs, inputs], however the checkpoint lays it out."""
@@ -145,36 +117,29 @@ class DenseExperts:
         many = counts_S[slots] > self._few
         return np.concatenate((slots[~many], slots[many])) if many.any() else slots
 
-    def _seconds(self, table: KernelTable, rows: int) -> float:
-        known = table.seconds
-        at = max((r for r in known if r <= rows), default=min(known))
-        kind = PACKED if rows > self._few else PLAIN
-        return known[at][kind] * max(1.0, rows / at)
-
-    def costs(self, counts: Any) -> Any:
-        """See `LayerExperts`."""
-        return self._costs[np.minimum(counts, MAX_COST_ROWS)] * np.maximum(1.0, counts / MAX_COST_ROWS)
+    def shared(self, counts: Sequence[int]) -> int:
+        """See `LayerExperts`: those that go through tiles."""
+        return len(counts) if max(counts) <= self._few else sum(count <= self._few for count in counts)
 
     def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `LayerExperts`."""
-        few = sum(count <= self._few for count in counts)
+        few = self.shared(counts)
         split = sum(counts[:few])
         parts = []
         if few:
-            route = self._run_grouped if self._grouped else self._run_each
-            parts.append(route(rows_PH[:split], slots[:few], counts[:few]))
+            parts.append(self._run_tiled(rows_PH[:split], slots[:few], counts[:few]))
         if few < len(slots):
-            parts.append(self._run_packed(rows_PH[split:], slots[few:], counts[few:]))
+            route = self._run_grouped if self._grouped else self._run_each
+            parts.append(route(rows_PH[split:], slots[few:], counts[few:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
-        """See `LayerExperts`: for a handful of single rows, where handing work to another thread costs as much as it
-        gains."""
-        if not self._wide or len(slots) > MAX_WIDE or max(counts) > 1:
-            return None
+    def _run_tiled(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        def product(x_PK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            output = tiled_product(x_PK, weight, slots, counts)
+            return output if bias is None else output + bias[np.repeat(slots, counts)]
 
-        weights = (self._up, self._down)
-        return self._each(rows_PH, slots, counts, lambda x, part, slot: split_linear(x, weights[part][slot]))
+        hidden = product(x_PH, self._up, self._up_bias)
+        return product(_gated(self._module, hidden), self._down, self._down_bias)
 
     def _run_grouped(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         first, last = slots[0], slots[-1] + 1  # ascending
@@ -192,13 +157,9 @@ class DenseExperts:
 
     def _run_each(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         weights = (self._up, self._down)
-        return self._each(x_PH, slots, counts, lambda x, part, slot: F.linear(x, self._plain(weights[part][slot])))
-
-    def _run_packed(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        return self._each(x_PH, slots, counts, lambda x, part, slot: packed_linear(x, self._packed[slot][part]))
-
-    def _each(self, x_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int], product: Product) -> torch.Tensor:
-        return _each(self._module, x_PH, slots, counts, product, (self._up_bias, self._down_bias))
+        biases = (self._up_bias, self._down_bias)
+        product: Product = lambda x, part, slot: F.linear(x, self._plain(weights[part][slot]))  # noqa: E731
+        return _each(self._module, x_PH, slots, counts, product, biases)
 
 
 class QuantisedExperts:
@@ -246,18 +207,14 @@ class QuantisedExperts:
         """See `LayerExperts`."""
         return np.flatnonzero(counts_S)
 
-    def costs(self, counts: Any) -> Any:
-        """See `LayerExperts`."""
-        return counts + 3.0
+    def shared(self, counts: Sequence[int]) -> int:
+        """See `LayerExperts`: none, a product of few rows gains little from a second thread."""
+        return 0
 
     def run(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `LayerExperts`."""
         biases = (self._up_bias, self._down_bias)
         return _each(self._module, rows_PH, slots, counts, self._product, biases)
-
-    def run_wide(self, rows_PH: torch.Tensor, slots: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
-        """See `LayerExperts`: nothing is known to gain."""
-        return None
 
     def _product(self, x: torch.Tensor, part: int, slot: int) -> torch.Tensor:
         x, weight = x.contiguous(), self._weights[slot][part]

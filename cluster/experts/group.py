@@ -294,14 +294,12 @@ def how_to_compute(config: Config, dtype: torch.dtype, device: torch.device, thr
             table = KernelTable.measure()
         finally:
             torch.set_num_threads(before)
-    packed = config.packed_experts == "on"
     return Compute(
         dtype,
         device,
         config.expert_dtype,
         threads,
         table,
-        packed,
         config.memory_bytes(),
         config.predict_experts,
         config.expert_reads == "direct",

@@ -90,7 +90,7 @@ class Trunk:
         tensors = WeightMap(checkpoint, skeleton).read_trunk(dtype)
         trunk = cls(skeleton, tensors, dispatch, device)
         if device.type == "cpu" and dtype is torch.float32 and trunk.num_bytes > SMALL_BYTES:
-            trunk.num_bytes += speed_up(trunk.model, KernelTable.measure())
+            speed_up(trunk.model, KernelTable.measure())
         elif device.type != "cpu":
             speed_up_norms(trunk.model)
         return trunk, skeleton
@@ -200,17 +200,13 @@ class Trunk:
         return result
 
 
-def speed_up(model: Any, table: KernelTable) -> int:
-    """Gives every linear layer on the CPU the kernels of ``table``, and every RMSNorm torch's own; bytes of the second
-    copies of weights."""
-    num_bytes = 0
+def speed_up(model: Any, table: KernelTable) -> None:
+    """Gives every linear layer on the CPU the kernels of ``table``, and every RMSNorm torch's own."""
     speed_up_norms(model)
     for module in model.modules():
         if type(module) is torch.nn.Linear and module.weight.is_cpu:
-            fast = FastLinear(module.weight, module.bias, table)
-            module.__dict__["forward"] = fast  # instead of the class's; a submodule or parameter it is not
-            num_bytes += fast.packed_bytes
-    return num_bytes
+            # Instead of the class's; a submodule or parameter it is not.
+            module.__dict__["forward"] = FastLinear(module.weight, module.bias, table)
 
 
 def speed_up_norms(model: Any) -> None:

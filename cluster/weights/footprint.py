@@ -42,25 +42,22 @@ def footprints(
     cache_bytes: int,
     one_process: bool,
     expert_bits: int,
-    expert_copies: int = 1,
-    trunk_copies: int = 1,
     expert_budget: int = 0,
 ) -> list[Footprint]:
     """The router's first, then one a group; all in one where the groups live in the router's process.
 
-    Copies are the layouts that weights are held in at the same time. ``expert_budget`` (0: none) is what a group's
-    experts may take.
+    ``expert_budget`` (0: none) is what a group's experts may take.
     """
     layers = weights.skeleton.moe_layers
     groups = [
         sum(
-            len(experts) * weights.expert_bytes(layer, dtype) * expert_copies * expert_bits // (8 * dtype.itemsize)
+            len(experts) * weights.expert_bytes(layer, dtype) * expert_bits // (8 * dtype.itemsize)
             for layer, experts in zip(layers, group, strict=True)
         )
         for group in holdings
     ]
     groups = [min(size, expert_budget) if expert_budget else size for size in groups]
-    trunk = weights.trunk_bytes(dtype) * trunk_copies
+    trunk = weights.trunk_bytes(dtype)
     if one_process:
         return [Footprint("router with all experts", trunk + sum(groups), cache_bytes)]
     return [Footprint("router", trunk, cache_bytes)] + [Footprint(f"group {i}", size) for i, size in enumerate(groups)]

@@ -13,7 +13,7 @@ from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.crew import Crew
 from cluster.transport.base import LayerRows
 from cluster.weights.checkpoint import Checkpoint
-from cluster.weights.kernels import PACKED, PLAIN, ROWS, SPLIT, FastLinear, KernelTable
+from cluster.weights.kernels import ROWS, FastLinear, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 from cluster.weights.zoo import architectures
@@ -22,11 +22,9 @@ from tests.conftest import MakeTiny
 CPU = torch.device("cpu")
 
 
-def table(fastest: str, from_rows: int = 1) -> KernelTable:
-    """One that says that ``fastest`` wins from so many rows on, and the plain kernel before."""
-    kernels = (PLAIN, SPLIT, PACKED)
-    best = {rows: fastest if rows >= from_rows else PLAIN for rows in ROWS}
-    return KernelTable({rows: {name: 1.0 if name == best[rows] else 2.0 for name in kernels} for rows in ROWS})
+def table(tiled_up_to: int) -> KernelTable:
+    """One that says that tiles win up to so many rows."""
+    return KernelTable({rows: (1.0, 0.5 if rows <= tiled_up_to else 2.0) for rows in (*ROWS, tiled_up_to)})
 
 
 def bank(path: object, holdings: list[list[int]] | None = None, **how: Any) -> ExpertBank:
@@ -44,8 +42,8 @@ def pairs(index_TK: torch.Tensor, weight_TK: torch.Tensor, hidden_TH: torch.Tens
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "packed": {"table": table(PACKED), "packed": True},
-    "packed-from-4-rows": {"table": table(PACKED, 4), "packed": True, "threads": 2},
+    "tiled": {"table": table(ROWS[-1])},
+    "tiled-up-to-7-rows": {"table": table(7), "threads": 2},
     "three-threads": {"threads": 3},
 }
 
@@ -65,9 +63,7 @@ def test_experts_compute_what_transformers_own_experts_do(arch: str, way: str, t
             wanted = module(hidden_TH, index_TK, weight_TK)
         got = ours.compute(layer, pairs(index_TK, weight_TK, hidden_TH))
         assert torch.allclose(got, wanted, atol=1e-5 * float(wanted.std()), rtol=1e-4)
-    plain = sum(p.numel() * 4 for m in modules for p in m.parameters())
-    biases = sum(p.numel() * 4 for m in modules for name, p in m.named_parameters() if "bias" in name)
-    assert ours.num_bytes == plain + (plain - biases if "packed" in WAYS[way] else 0)
+    assert ours.num_bytes == sum(p.numel() * 4 for m in modules for p in m.parameters())
     ours.close()
 
 
@@ -139,36 +135,39 @@ def test_an_error_in_any_thread_is_raised(tiny: MakeTiny) -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 40), st.sampled_from([PLAIN, SPLIT, PACKED]), st.booleans())
-def test_every_kernel_computes_the_same_linear_layer(rows: int, kernel: str, bias: bool) -> None:
-    layer = torch.nn.Linear(24, 16, bias=bias)
-    x = torch.randn(1, rows, 24)
-    fast = FastLinear(layer.weight.detach(), layer.bias.detach() if bias else None, table(kernel))
-    assert (fast.packed_bytes > 0) == (kernel == PACKED)
+@given(st.integers(1, 40), st.booleans(), st.booleans())
+def test_a_fast_linear_layer_computes_what_the_layer_does(rows: int, tiled: bool, bias: bool) -> None:
+    layer = torch.nn.Linear(48, 20, bias=bias)
+    x = torch.randn(2, rows, 48)
+    fast = FastLinear(layer.weight.detach(), layer.bias.detach() if bias else None, table(80 if tiled else 0))
     with torch.inference_mode():
         assert torch.allclose(fast(x), layer(x), atol=1e-5)
 
 
-def test_the_table_measures_every_kernel() -> None:
+def test_the_table_measures_both_kernels() -> None:
     measured = KernelTable.measure()
     assert set(measured.seconds) == set(ROWS)
-    for times in measured.seconds.values():
-        assert {PLAIN, SPLIT} <= set(times)
-        assert min(times.values()) > 0
-    assert table(PACKED, 4).plain_up_to(0.0) == 3
-    assert table(PACKED).plain_up_to(0.0) == 0
-    assert table(PLAIN).plain_up_to(0.0) == ROWS[-1]
+    for plain, tiled in measured.seconds.values():
+        assert plain > 0
+        assert tiled is not None
+        assert tiled > 0
+    assert table(7).tiled_up_to == 7
+    assert table(0).tiled_up_to == 0
+    assert table(ROWS[-1]).tiled_up_to > ROWS[-1]
+    assert KernelTable(dict.fromkeys(ROWS, (1.0, None))).tiled_up_to == 0
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "granitemoe", "gpt_oss"])
-def test_a_single_row_gives_the_same_whatever_way_it_takes(arch: str, tiny: MakeTiny) -> None:
+@pytest.mark.parametrize("arch", architectures())
+def test_experts_with_few_rows_and_many_share_a_call(arch: str, tiny: MakeTiny) -> None:
     path = tiny(arch)
-    alone, together = bank(path), bank(path, threads=2)
-    # Weights laid out the other way round (gpt_oss) have no such product.
-    assert together._layers[0].experts._wide == (arch != "gpt_oss")  # type: ignore[attr-defined]
-    hidden_TH = torch.randn(1, 64)
-    rows = pairs(torch.tensor([[5, 0, 3]]), torch.rand(1, 3), hidden_TH)
-    wanted, got = alone.compute(1, rows), together.compute(1, rows)
+    alone, together = bank(path), bank(path, table=table(3), threads=2)
+    experts = together._layers[0].experts
+    # Weights laid out the other way round (gpt_oss) have no tiles.
+    assert experts.shared([1, 2, 3, 9]) == (0 if arch == "gpt_oss" else 3)
+    hidden_TH = torch.randn(9, 64)
+    index_TK = torch.tensor([[0, 1 + t % 3] for t in range(9)])  # expert 0 has nine rows, the others three
+    rows = pairs(index_TK, torch.rand(9, 2), hidden_TH)
+    wanted, got = alone.compute(0, rows), together.compute(0, rows)
     assert torch.allclose(got, wanted, atol=1e-5 * float(wanted.std()), rtol=1e-4)
     assert float(wanted.std()) > 0
     together.close()

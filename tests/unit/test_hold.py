@@ -13,7 +13,6 @@ import torch
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.group import ExpertGroup, how_to_compute
-from cluster.weights.kernels import PACKED
 from cluster.weights.zoo import architectures
 from tests.conftest import MakeTiny
 from tests.systems import config_for
@@ -21,7 +20,7 @@ from tests.unit.test_bank import bank, pairs, table
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "packed": {"table": table(PACKED), "packed": True},
+    "tiled": {"table": table(256)},
     "int8": {"expert_dtype": "int8"},
     "bf16": {"expert_dtype": "bf16"},
 }

@@ -1,0 +1,130 @@
+"""Products in tiles, compiled: right for every shape and number of threads, and on processors with other registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.weights.tile_kernel import shape_for
+from cluster.weights.tiles import INPUTS, OUTPUTS, PIECE, can_tile, tiled_product
+
+MANY_ROWS = 700  # more than what stays in a cache together, with the inputs below
+
+
+def reference(x_PK: torch.Tensor, weight_SNK: torch.Tensor, slots: list[int], counts: list[int]) -> torch.Tensor:
+    parts = [x.double() @ weight_SNK[slot].double().T for x, slot in zip(x_PK.split(counts), slots, strict=True)]
+    return torch.cat(parts).float()
+
+
+def check(slots: list[int], counts: list[int], outputs: int, inputs: int) -> None:
+    weight_SNK, x_PK = torch.randn(5, outputs, inputs), torch.randn(sum(counts), inputs)
+    got = tiled_product(x_PK, weight_SNK, slots, counts)
+    assert torch.allclose(got, reference(x_PK, weight_SNK, slots, counts), atol=1e-5 * inputs**0.5, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_experts_with_any_rows(data: st.DataObject) -> None:
+    slots = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+    counts = [data.draw(st.integers(0, 20)) for _ in slots]
+    outputs, inputs = data.draw(st.integers(1, 3 * PIECE // OUTPUTS)), data.draw(st.integers(1, 9))
+    before = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.integers(1, 4)))
+    try:
+        check(slots, counts, outputs * OUTPUTS, inputs * INPUTS)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_rows_than_a_cache_holds() -> None:
+    check([3, 1], [MANY_ROWS, 5], 40, 512)
+
+
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    weight_SNK, x_PK = torch.randn(1, 8, 32), torch.randn(7, 32)
+    x_PK[2, 5], x_PK[4, 0] = float("nan"), float("inf")
+    got = tiled_product(x_PK, weight_SNK, [0], [7])
+    assert got[2].isnan().all()
+    assert not got[4].isfinite().any()
+    assert got[[0, 1, 3, 5, 6]].isfinite().all()
+
+
+def test_threads_side_by_side_do_not_disturb_each_other() -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(50):
+                check([0, 2], [3, 9], 64, 64)
+        except BaseException as exc:  # noqa: BLE001 - raised below
+            failed.append(exc)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("slots", "counts", "shape", "message"),
+    [
+        ([5], [3], (3, 32), "below 5"),
+        ([-1], [3], (3, 32), "below 5"),
+        ([0], [4], (3, 32), r"must be \[4, 32\]"),
+        ([0], [3], (3, 16), r"must be \[3, 32\]"),
+        ([0, 1], [4, -1], (3, 32), "below 5"),
+    ],
+)
+def test_what_would_read_elsewhere_is_refused(
+    slots: list[int], counts: list[int], shape: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiled_product(torch.randn(shape), torch.randn(5, 8, 32), slots, counts)
+
+
+def test_weights_that_have_no_tiles() -> None:
+    assert can_tile(torch.randn(2, 8, 32))
+    assert can_tile(torch.randn(8, 32))
+    assert not can_tile(torch.randn(8, 32).bfloat16())
+    assert not can_tile(torch.randn(6, 32)), "outputs"
+    assert not can_tile(torch.randn(8, 24)), "inputs"
+    assert not can_tile(torch.randn(32, 8).t()), "laid out the other way round"
+
+
+_OTHER = """
+import json, sys
+from llvmlite import binding
+wanted = type(binding.get_host_cpu_features())(json.loads(sys.argv[1]))
+binding.get_host_cpu_features = lambda: wanted
+import torch
+from cluster.weights import tile_kernel
+from cluster.weights.tiles import tiled_product
+x, w = torch.randn(23, 96), torch.randn(3, 44, 96)
+got = tiled_product(x, w, (2, 0), (20, 3))
+wanted = torch.cat((x[:20] @ w[2].T, x[20:] @ w[0].T))
+print(json.dumps([tile_kernel.LANES, tile_kernel.ROWS, float((got - wanted).abs().max())]))
+"""
+
+
+@pytest.mark.parametrize(("features", "shape"), [({"avx2": True, "fma": True}, (8, 2)), ({"sse2": True}, (4, 2))])
+def test_processors_with_smaller_registers(features: dict[str, bool], shape: tuple[int, int]) -> None:
+    command = [sys.executable, "-c", _OTHER, json.dumps(features)]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": os.devnull}  # what is compiled for them is not for this one
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    lanes, rows, error = json.loads(done.stdout)
+    assert (lanes, rows) == shape == shape_for(features, "x86_64")
+    assert error < 1e-4
+
+
+def test_tiles_of_arm() -> None:
+    assert shape_for({"neon": True}, "aarch64") == (4, 6)
