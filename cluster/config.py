@@ -35,7 +35,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "models" / "embedded"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 COMPUTE_ENVIRONMENT = {
     # OpenMP threads that spin for long after a parallel region hold the core that another thread or process needs.
-    "GOMP_SPINCOUNT": "2000",
+    "GOMP_SPINCOUNT": "20000",
     # Weights in huge pages: a product that reads them once waits less for address translation (10 % here).
     "THP_MEM_ALLOC_ENABLE": "1",
 }

@@ -33,10 +33,10 @@ from cluster.experts.formats import (
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
+from cluster.kernels.linear import KernelTable
 from cluster.telemetry.memory import give_back_at_once
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES, settle
-from cluster.weights.kernels import KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.reader import ExpertReader, Target
 from cluster.weights.skeleton import MoeLayer

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cluster.weights.kernels import KernelTable
-from cluster.weights.tiles import can_tile, tiled_product
+from cluster.kernels.linear import KernelTable
+from cluster.kernels.tiles import can_tile, tiled_product
 
 Product = Callable[[torch.Tensor, int, int], torch.Tensor]
 """(rows, 0 for the up-projection or 1 for the down-projection, slot) -> rows, without bias."""
@@ -67,7 +67,7 @@ class DenseExperts:
     """Weights as in the checkpoint, in the served dtype.
 
     ``tensors`` are the parameters of transformers' experts module for these experts, first dimension S. On CPUs experts
-    with so few rows as ``table`` says go through tiles (`cluster.weights.tiles`), all at once and with all threads;
+    with so few rows as ``table`` says go through tiles (`cluster.kernels.tiles`), all at once and with all threads;
     everything else through torch's grouped products.
     """
 

@@ -21,6 +21,7 @@ from cluster.experts.identity import Identity
 from cluster.experts.loads import LoadNotes
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
+from cluster.kernels.linear import SMALL_BYTES, KernelTable
 from cluster.placement.binding import Binding, Where, numa_attributes
 from cluster.placement.planner import Holdings
 from cluster.telemetry.hub import telemetry_of
@@ -32,7 +33,6 @@ from cluster.transport.gpus import pci_address
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
 from cluster.weights.footprint import free_bytes
-from cluster.weights.kernels import SMALL_BYTES, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 

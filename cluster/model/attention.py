@@ -1,5 +1,5 @@
-"""Attention over a packed batch: each sequence by itself (on GPUs, those with one token together: `together`), with the
-model's own eager function or a faster one.
+"""Attention over a packed batch: each sequence by itself, with the model's own eager function or a faster one; those
+with one token together (on GPUs `together`, on CPUs `cluster.kernels.attention`).
 
 The eager function takes masks, sinks and whatever else the architecture has. torch's scaled dot-product attention is
 faster and knows masks only; a layer uses it after it gave the same result as the eager one, once with one token and
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from cluster.kernels.attention import Histories, attend, can_attend
 from cluster.model.packed import Span, Step, current_step
 from cluster.model.together import Bundle
 
@@ -57,6 +58,9 @@ def attention(
     [1, heads, S, dim] of all sequences. The result is [1, T, heads, dim].
     """
     call = _Call(module, query, key, value, current_step(), attention_mask, args, kwargs)
+    paged = call.of_histories()
+    if paged is not None:
+        return paged, None
     bundles, spans = call.bundles(), call.batch.spans
     if not bundles:
         parts = [call.of_span(number, span) for number, span in enumerate(spans)]
@@ -103,6 +107,22 @@ class _Call:
         known = self._layer in self._known.fast and self._only(_BATCHABLE)
         return self.batch.bundles() if known else []
 
+    def of_histories(self) -> torch.Tensor | None:
+        """[1, T, heads, dim]: sequences with one token each read from the store where they lie, the others one by one;
+        None where there are none such, or this layer's attention is not known to be the same."""
+        if self.batch.together or not (self._fast and self._known.paged.get(self._layer, False)):
+            return None
+        histories = self._mask.histories()
+        if histories is None:
+            return None
+        keys, values = self.batch.store.layer(self._layer)
+        result = self._query.new_empty((1, self._query.shape[2], self._query.shape[1], values.shape[2]))
+        attend(self._query, keys, values, histories, self._kwargs["scaling"], result)
+        for number, span in enumerate(self.batch.spans):
+            if number not in histories.of:
+                result[:, span.first : span.last] = self.of_span(number, span)
+        return result
+
     def of_bundle(self, number: int, bundle: Bundle) -> torch.Tensor:
         """[B, 1, heads, dim]."""
         if self._direct:
@@ -147,12 +167,26 @@ class _Call:
         query, keys, values = query.float(), keys.float(), values.float()
         expected = _eager(self._module, query, keys, values, self._mask.additive(number).float(), (), kwargs)
         got = _fast(query, keys, values, self._mask.allowed(number), kwargs["scaling"])
+        if query.shape[2] == 1 and self._mask.allowed(number) is None:
+            self._learn_paged(number, expected)
         if got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
             known.fast[layer] = False
             return
         known.checked.setdefault(layer, set()).add(query.shape[2] == 1)
         if len(known.checked[layer]) == 2:
             known.fast[layer] = True
+
+    def _learn_paged(self, number: int, expected: torch.Tensor) -> None:
+        """Whether reading one sequence from the store gives what the layer's own attention does."""
+        span, scaling = self.batch.spans[number], self._kwargs["scaling"]
+        keys, values = self.batch.store.layer(self._layer)
+        own = self._query[:, :, span.first : span.last]
+        same = self._direct and scaling > 0 and can_attend(own, keys, values)
+        if same:
+            got = torch.empty(expected.shape, dtype=torch.float32)
+            attend(own, keys, values, Histories([0], [span.runs]), scaling, got)
+            same = bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
+        self._known.paged[self._layer] = same
 
 
 def _pick(histories: torch.Tensor, at_BS: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cluster.weights.kernels import FastNorm
+from cluster.kernels.linear import FastNorm
 from cluster.weights.skeleton import MoeLayer
 
 MAX_ROWS = 32

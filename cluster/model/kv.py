@@ -62,6 +62,10 @@ class KvStore:
     def _buffer(self, new: torch.Tensor) -> torch.Tensor:
         return new.new_empty((self.num_blocks * self.block_size, new.shape[1], new.shape[3]))
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [tokens, heads, dim] of the whole store."""
+        return self._layers[layer]
+
     def read(self, layer: int, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [1, heads, S, dim] of one sequence: views where it has one run, copies otherwise."""
         keys, values = self._layers[layer]

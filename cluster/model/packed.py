@@ -16,6 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from cluster.errors import InternalError, UnsupportedModel
+from cluster.kernels.attention import Histories
 from cluster.model.kv import KvStore, Runs
 from cluster.model.together import Bundle, Single, bundles_of
 
@@ -56,7 +57,7 @@ class PackedBatch:
 
     def __init__(self, chunks: Sequence[Chunk], store: KvStore, device: torch.device, together: bool = False) -> None:
         self.store, self.device = store, device
-        self._chunks, self._wants_together = chunks, together
+        self._chunks, self.together = chunks, together
         self._bundles: list[Bundle] | None = None
         self.spans: list[Span] = []
         row = key = 0
@@ -85,7 +86,7 @@ class PackedBatch:
                 for span, chunk in zip(self.spans, self._chunks, strict=True)
                 if span.num_rows == 1
             ]
-            wanted = self._wants_together and len(singles) > 1
+            wanted = self.together and len(singles) > 1
             self._bundles = bundles_of(singles, self.store.block_size, self.device) if wanted else []
         return self._bundles
 
@@ -128,6 +129,18 @@ class BatchMask:
         self._together: dict[int, torch.Tensor] = {}
         self._additive_together: dict[int, torch.Tensor] = {}
         self._open: list[bool] | None = None
+        self._histories: Histories | None = None
+        self._has_histories: bool | None = None
+
+    def histories(self) -> Histories | None:
+        """Of the sequences with one token each that see all of their history; None where there are none."""
+        if self._has_histories is None:
+            spans = self._batch.spans
+            of = [n for n, span in enumerate(spans) if span.num_rows == 1 and self.allowed(n) is None]
+            self._has_histories = bool(of)
+            if of:
+                self._histories = Histories([spans[n].first for n in of], [spans[n].runs for n in of], of)
+        return self._histories
 
     def allowed(self, number: int) -> torch.Tensor | None:
         """Bool [t, S] of sequence ``number``; None where every token sees the whole history (one that decodes)."""
@@ -183,12 +196,14 @@ class Layers:
     """What is known of a model's attention layers, from its own calls.
 
     ``direct``: the layer gives attention the very tensors that the cache returned, so the cache need not gather
-    histories that attention then takes apart again.
+    histories that attention then takes apart again. ``fast``: torch's attention gives the same; ``paged``: so does
+    ours, for one token.
     """
 
     def __init__(self) -> None:
         self.direct: dict[int, bool] = {}
         self.fast: dict[int, bool] = {}
+        self.paged: dict[int, bool] = {}
         self.checked: dict[int, set[bool]] = {}
 
 

@@ -13,6 +13,7 @@ import torch
 
 from cluster.core import Clock
 from cluster.errors import InternalError
+from cluster.kernels.linear import SMALL_BYTES, FastLinear, FastNorm, KernelTable
 from cluster.model.ahead import AheadOfTime, shared_experts_of
 from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
@@ -22,7 +23,6 @@ from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import settle
-from cluster.weights.kernels import SMALL_BYTES, FastLinear, FastNorm, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import Skeleton, build_skeleton
 

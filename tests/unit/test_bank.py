@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.bank import Compute, ExpertBank
 from cluster.experts.crew import Crew
+from cluster.kernels.linear import ROWS, FastLinear, KernelTable
 from cluster.transport.base import LayerRows
 from cluster.weights.checkpoint import Checkpoint
-from cluster.weights.kernels import ROWS, FastLinear, KernelTable
 from cluster.weights.mapping import WeightMap
 from cluster.weights.skeleton import build_skeleton
 from cluster.weights.zoo import architectures

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.weights.tile_kernel import shape_for
-from cluster.weights.tiles import INPUTS, OUTPUTS, PIECE, can_tile, tiled_product
+from cluster.kernels.registers import shape_for
+from cluster.kernels.tiles import INPUTS, OUTPUTS, PIECE, can_tile, tiled_product
 
 MANY_ROWS = 700  # more than what stays in a cache together, with the inputs below
 
@@ -107,12 +107,12 @@ from llvmlite import binding
 wanted = type(binding.get_host_cpu_features())(json.loads(sys.argv[1]))
 binding.get_host_cpu_features = lambda: wanted
 import torch
-from cluster.weights import tile_kernel
-from cluster.weights.tiles import tiled_product
+from cluster.kernels import registers
+from cluster.kernels.tiles import tiled_product
 x, w = torch.randn(23, 96), torch.randn(3, 44, 96)
 got = tiled_product(x, w, (2, 0), (20, 3))
 wanted = torch.cat((x[:20] @ w[2].T, x[20:] @ w[0].T))
-print(json.dumps([tile_kernel.LANES, tile_kernel.ROWS, float((got - wanted).abs().max())]))
+print(json.dumps([registers.LANES, registers.ROWS, float((got - wanted).abs().max())]))
 """
 
 

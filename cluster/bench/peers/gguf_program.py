@@ -40,6 +40,7 @@ def main() -> None:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "qwen3_moe":
         sys.exit(f"llama.cpp is compared on qwen3_moe only; this is {config['model_type']}")
+    num_experts = config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]  # by its age
     theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 10000.0)
     writer = gguf.GGUFWriter(str(file), "qwen3moe")
     writer.add_block_count(config["num_hidden_layers"])
@@ -53,7 +54,7 @@ def main() -> None:
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(theta)
-    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_count(num_experts)
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -74,7 +75,7 @@ def main() -> None:
         prefix = f"model.layers.{layer}."
         for source, target in _LAYER.items():
             writer.add_tensor(f"blk.{layer}.{target}", read(prefix + source))
-        experts = range(config["num_experts"])
+        experts = range(num_experts)
         if any(re.fullmatch(rf"{re.escape(prefix)}mlp\.experts\.0\..*", name) for name in where):
             for source, target in _EXPERT.items():
                 stacked = np.stack([read(f"{prefix}mlp.experts.{e}.{source}.weight") for e in experts])

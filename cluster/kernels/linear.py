@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cluster.weights.tiles import can_tile, tiled_product
+from cluster.kernels.tiles import TiledWeight, can_tile, tiled_product
 
 ROWS = (1, 4, 16, 64, 256)
 _SIZE, _WEIGHTS, _ROUNDS = 1024, 24, 4
@@ -68,17 +68,18 @@ class FastLinear:
     def __init__(self, weight_NK: torch.Tensor, bias: torch.Tensor | None, table: KernelTable) -> None:
         self._weight, self._bias = weight_NK, bias
         self._few = table.tiled_up_to if can_tile(weight_NK) else 0
+        self._tiled = TiledWeight(weight_NK)
+        self._outputs, self._inputs = weight_NK.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``F.linear(x, weight, bias)``."""
-        outputs, inputs = self._weight.shape
-        rows = x.numel() // inputs
+        rows = x.numel() // self._inputs
         if not 0 < rows <= self._few:
             return F.linear(x, self._weight, self._bias)
-        product = tiled_product(x.reshape(rows, inputs), self._weight[None], (0,), (rows,))
+        product = self._tiled.product(x.reshape(rows, self._inputs))
         if self._bias is not None:
             product += self._bias
-        return product.view(*x.shape[:-1], outputs)
+        return product.view(*x.shape[:-1], self._outputs)
 
 
 class FastNorm:

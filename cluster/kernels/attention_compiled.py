@@ -1,0 +1,102 @@
+"""What `cluster.kernels.attention` runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from cluster.kernels.attention import HEADER, NUMBERS
+from cluster.kernels.compiling import compiled
+from cluster.kernels.registers import (
+    LANES,
+    OUTPUTS,
+    ROWS,
+    dots,
+    dots_of_one,
+    floats,
+    mixes,
+    mixes_of_one,
+    next_piece,
+    power_of_two,
+)
+
+_WIDE = OUTPUTS * LANES
+_LOWEST = np.float32(-87.0)  # of what the exponential is still a normal number
+_LOG2_E, _HALF = np.float32(1.4426950408889634), np.float32(0.5)
+# Of 2 to the power of -0.5 to 0.5, by its Taylor series: the next term is 5e-9.
+_C1, _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
+_ONE = np.float32(1.0)
+_REORDERS = {"reassoc", "contract", "nsz"}
+"""Sums may be regrouped; infinities and NaN keep their meaning."""
+
+
+@njit(fastmath=_REORDERS)  # type: ignore[untyped-decorator]
+def _weigh(scores: Any, first: int, n: int, scale: Any) -> None:
+    """Softmax of n scores times ``scale``, in place."""
+    highest = scores[first]
+    for i in range(first + 1, first + n):
+        highest = max(highest, scores[i])
+    total = np.float32(0.0)
+    for i in range(first, first + n):
+        x = (scores[i] - highest) * scale
+        x = _LOWEST if x < _LOWEST else x
+        whole = np.floor(x * _LOG2_E + _HALF)
+        f = x * _LOG2_E - whole
+        power = _ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * (_C6 + f * _C7))))))
+        weight = power * power_of_two(np.int32(whole))
+        scores[i] = weight
+        total += weight
+    share = _ONE / total
+    for i in range(first, first + n):
+        scores[i] *= share
+
+
+def _heads(work: Any) -> None:
+    q_at, k_at, v_at, y_at, scores_at = work[1], work[2], work[3], work[4], work[5]
+    num, kv_heads, group, dim, v_dim = work[6], work[7], work[8], work[9], work[10]
+    q_row, q_head, scale = work[11], work[12], floats(work[13])[0]
+    k_token, v_token, y_head = kv_heads * dim * 4, kv_heads * v_dim * 4, v_dim * 4
+    while True:
+        piece = next_piece(work[0])
+        if piece >= num * kv_heads:
+            break
+        head, at = piece % kv_heads, HEADER + piece // kv_heads * NUMBERS
+        row, tokens, before, first_run, runs = work[at], work[at + 1], work[at + 2], work[at + 3], work[at + 4]
+        q = q_at + row * q_row + head * group * q_head
+        scores = scores_at + (before * kv_heads + head * tokens) * group * 4
+        y = y_at + (row * kv_heads + head) * group * y_head
+        done = 0
+        for run_at in range(first_run, first_run + 2 * runs, 2):
+            n = work[run_at + 1] - work[run_at]
+            key = k_at + work[run_at] * k_token + head * dim * 4
+            for low in range(0, group, ROWS):
+                rows, whole = min(ROWS, group - low), n // OUTPUTS * OUTPUTS
+                mine, there = q + low * q_head, scores + (low * tokens + done) * 4
+                for t in range(0, whole, OUTPUTS):
+                    dots(rows, key + t * k_token, k_token, mine, q_head, there + t * 4, tokens * 4, dim)
+                for t in range(whole, n):
+                    dots_of_one(rows, key + t * k_token, k_token, mine, q_head, there + t * 4, tokens * 4, dim)
+            done += n
+        for number in range(group):
+            _weigh(floats(scores), number * tokens, tokens, scale)
+        result = floats(y)
+        for i in range(group * v_dim):
+            result[i] = np.float32(0.0)
+        done = 0
+        for run_at in range(first_run, first_run + 2 * runs, 2):
+            n = work[run_at + 1] - work[run_at]
+            value = v_at + work[run_at] * v_token + head * v_dim * 4
+            for low in range(0, group, ROWS):
+                rows, whole = min(ROWS, group - low), v_dim // _WIDE * _WIDE
+                shares, there = scores + (low * tokens + done) * 4, y + low * y_head
+                for d in range(0, whole, _WIDE):
+                    mixes(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n)
+                for d in range(whole, v_dim, LANES):
+                    mixes_of_one(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n)
+            done += n
+
+
+run = compiled(_heads)

@@ -1,0 +1,175 @@
+"""Loops that keep their sums in vector registers, for compiled functions to call; everything is an address or a number.
+
+A tile is four outputs by a few rows. With 1024 inputs four weights are 16 KiB in four streams, each shorter than what
+makes the hardware's prefetcher fetch ahead, so a tile asks for the next one's weights while it reads its own, and only
+into the second-level cache: into the first, they would displace the rows. On two Zen 4 cores the median of 1024 x 1024
+went from 174 to 156 µs (27 GB/s) at 1 row, from 232 to 171 at 8, from 307 to 223 at 16.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+OUTPUTS = 4
+
+
+def shape_for(features: dict[str, bool], machine: str) -> tuple[int, int]:
+    """Floats of a vector register and rows of a tile, so that sums, weights and one row fit in the registers."""
+    if features.get("avx512f"):
+        return 16, 6
+    return (4, 6) if machine in ("aarch64", "arm64") else (8, 2) if features.get("avx2") else (4, 2)
+
+
+LANES, ROWS = shape_for(dict(binding.get_host_cpu_features()), platform.machine())
+_FLOAT, _INT, _SMALL, _VECTOR = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+_BYTE = ir.IntType(8).as_pointer()
+_TO_READ, _AS_DATA, _NEAR_L2 = 0, 1, 2  # arguments of LLVM's prefetch; 3 instead of 2 is the first-level cache
+_Generate = Callable[..., None]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def next_piece(typing: Any, address: Any) -> Any:
+    """The number of a piece of work that no other thread gets."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], _INT.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(_INT, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def floats(typing: Any, address: Any) -> Any:
+    """The floats at an address."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _FLOAT.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def power_of_two(typing: Any, exponent: Any) -> Any:
+    """2 to a whole number from -126 to 127, by making its exponent bits."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        biased = builder.add(arguments[0], ir.Constant(_SMALL, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_SMALL, 23)), _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+def _of_rows(generate: _Generate, width: int) -> Any:
+    """An intrinsic whose first argument says for how many rows, 1 to ROWS, ``generate`` is to have made its code."""
+
+    def by_rows(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        wanted, *others = arguments
+        for rows in range(1, ROWS + 1):
+            with builder.if_then(builder.icmp_signed("==", wanted, _constant(rows))):
+                generate(builder, rows, width, *others)
+        return context.get_dummy_value()
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typing: Any, rows: Any, a: Any, a_stride: Any, b: Any, b_stride: Any, y: Any, y_stride: Any, n: Any
+    ) -> Any:
+        return types.none(*[types.int64] * 8), by_rows
+
+    return tile
+
+
+def _dots(builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> None:
+    w, w_stride, x, x_stride, y, apart, n = arguments
+    weights = [_at(builder, w, w_stride, number) for number in range(outputs)]
+    inputs = [_at(builder, x, x_stride, number) for number in range(rows)]
+    ahead = builder.mul(w_stride, _constant(outputs))
+    fetch = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [_BYTE, _SMALL, _SMALL, _SMALL])
+    flags = [ir.Constant(_SMALL, flag) for flag in (_TO_READ, _NEAR_L2, _AS_DATA)]
+    sums = _sums(builder, rows, outputs)
+    with cgutils.for_range(builder, builder.udiv(n, _constant(LANES))) as loop:
+        offset = builder.mul(loop.index, _constant(LANES * 4))
+        addresses = [builder.add(address, offset) for address in weights]
+        loaded = [_load(builder, address) for address in addresses]
+        for address in addresses:
+            builder.call(fetch, [builder.inttoptr(builder.add(address, ahead), _BYTE), *flags])
+        for address, places in zip(inputs, sums, strict=True):
+            _add_products(builder, _load(builder, builder.add(address, offset)), loaded, places)
+    total = _function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _FLOAT, [_FLOAT, _VECTOR])
+    for number, places in enumerate(sums):
+        for output, place in enumerate(places):
+            # In any order, as in every library's product.
+            value = builder.call(total, [ir.Constant(_FLOAT, 0.0), builder.load(place)], fastmath=("reassoc",))
+            address = builder.add(_at(builder, y, apart, number), _constant(4 * output))
+            builder.store(value, builder.inttoptr(address, _FLOAT.as_pointer()))
+
+
+def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> None:
+    p, p_stride, v, v_stride, y, apart, n = arguments
+    shares = [_at(builder, p, p_stride, number) for number in range(rows)]
+    sums = _sums(builder, rows, width)
+    results = [
+        [builder.add(_at(builder, y, apart, row), _constant(4 * LANES * column)) for column in range(width)]
+        for row in range(rows)
+    ]
+    for addresses, places in zip(results, sums, strict=True):
+        for address, place in zip(addresses, places, strict=True):
+            builder.store(_load(builder, address), place)
+    with cgutils.for_range(builder, n) as loop:
+        start = builder.add(v, builder.mul(loop.index, v_stride))
+        loaded = [_load(builder, builder.add(start, _constant(4 * LANES * column))) for column in range(width)]
+        offset = builder.mul(loop.index, _constant(4))
+        for address, places in zip(shares, sums, strict=True):
+            share = builder.load(builder.inttoptr(builder.add(address, offset), _FLOAT.as_pointer()))
+            one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), share, ir.Constant(_SMALL, 0))
+            mask = ir.Constant(ir.VectorType(_SMALL, LANES), [0] * LANES)
+            _add_products(builder, builder.shuffle_vector(one, one, mask), loaded, places)
+    for addresses, places in zip(results, sums, strict=True):
+        for address, place in zip(addresses, places, strict=True):
+            builder.store(builder.load(place), builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
+
+
+def _sums(builder: ir.IRBuilder, rows: int, width: int) -> list[list[Any]]:
+    """Places for sums, which the compiler keeps in registers; 0."""
+    sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(width)] for _ in range(rows)]
+    for place in (place for row in sums for place in row):
+        builder.store(ir.Constant(_VECTOR, [0.0] * LANES), place)
+    return sums
+
+
+def _add_products(builder: ir.IRBuilder, factor: Any, others: list[Any], places: list[Any]) -> None:
+    fma = _function(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [_VECTOR] * 3)
+    for other, place in zip(others, places, strict=True):
+        builder.store(builder.call(fma, [other, factor, builder.load(place)]), place)
+
+
+def _at(builder: ir.IRBuilder, address: Any, stride: Any, number: int) -> Any:
+    return builder.add(address, builder.mul(stride, _constant(number)))
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_INT, value)
+
+
+def _function(builder: ir.IRBuilder, name: str, result: Any, arguments: list[Any]) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _load(builder: ir.IRBuilder, address: Any) -> Any:
+    return builder.load(builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
+
+
+dots, dots_of_one = _of_rows(_dots, OUTPUTS), _of_rows(_dots, 1)
+"""``(rows, w, w_stride, x, x_stride, y, y_stride, n)``: the dot products of each row at ``x`` with the next four
+weights (or one) at ``w``, n floats each, to ``y``: those of a row side by side. Strides are bytes; n is a multiple of
+LANES."""
+
+mixes, mixes_of_one = _of_rows(_mixes, OUTPUTS), _of_rows(_mixes, 1)
+"""``(rows, p, p_stride, v, v_stride, y, y_stride, n)``: adds to the next four vectors of floats (or one) of each row at
+``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Strides are bytes."""

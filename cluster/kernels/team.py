@@ -1,0 +1,41 @@
+"""Compiled functions, run by the threads that torch has anyway: libgomp runs them as it runs torch's parallel loops.
+
+Threads of another library would wait for work on the cores that torch's need, and the other way round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+log = logging.getLogger(__name__)
+
+Team = Callable[[Sequence[int]], None]
+"""Runs a function on some numbers. Before them it finds the address of a counter, which is 0."""
+
+
+@functools.cache
+def team(module: str) -> Team | None:
+    """Of the compiled function ``run`` of a module of this package; None where torch's threads are not libgomp's, or
+    nothing can be compiled. What is compiled is kept for the next process."""
+    try:
+        parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel  # by this name it is the one that torch has loaded
+        address = importlib.import_module(f"cluster.kernels.{module}").run.address
+    except (OSError, AttributeError, ImportError) as exc:
+        log.warning("%s is not used, which is slower: %s", module, exc)
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+
+    def run(numbers: Sequence[int]) -> None:
+        # Of Python's own sequences: numpy's arrays take longer to make than a product of one row.
+        size = len(numbers) + 2
+        work = (ctypes.c_int64 * size)(0, *numbers, 0)
+        work[0] = ctypes.addressof(work) + 8 * (size - 1)
+        parallel(address, work, torch.get_num_threads(), 0)
+
+    return run

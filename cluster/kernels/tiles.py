@@ -1,0 +1,84 @@
+"""Products of a few rows each with many weights as the checkpoint lays them out, in one call and by all threads.
+
+Decode reads every weight once for one to some sixteen rows, so memory should set the pace. A library call an expert
+costs more in calls than it reads in time, and a layout of its own doubles the memory. Here one compiled function goes
+through all experts of a call, a tile of outputs and rows in registers at a time (`cluster.kernels.registers`); each
+thread takes the next piece of work when it is done with one.
+
+Tiling for registers: K. Goto and R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),
+2008, for the case where one side is a few rows and nothing needs to be copied for caches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from cluster.kernels.team import team
+
+OUTPUTS, INPUTS = 4, 16
+"""Outputs and inputs of a weight must be multiples of these."""
+PIECE = 32
+"""Outputs of one expert that a thread takes at a time: 128 KiB of weights with 1024 inputs."""
+HEADER = 8
+"""Numbers before the slots in what describes a call's work, the counter's address among them."""
+_COMPILED = "tiles_compiled"
+
+
+def can_tile(weight: torch.Tensor) -> bool:
+    """`tiled_product` takes this weight ([S, N, K] or one of them), and this machine can run it."""
+    fits = weight.is_cpu and weight.dtype is torch.float32 and weight.is_contiguous()
+    outputs, inputs = weight.shape[-2:]
+    return fits and outputs % OUTPUTS == 0 and inputs % INPUTS == 0 and team(_COMPILED) is not None
+
+
+def tiled_product(
+    x_PK: torch.Tensor, weight_SNK: torch.Tensor, slots: Sequence[int], counts: Sequence[int]
+) -> torch.Tensor:
+    """[P, N], fp32: the first ``counts[0]`` rows times the transpose of weight ``slots[0]``, and so on, with as many
+    threads as the calling one has. ``weight_SNK`` is one that `can_tile` has accepted.
+
+    Raises:
+        ValueError: a slot does not exist, or the rows are not as many or as long as they must be.
+    """
+    num_slots, outputs, inputs = weight_SNK.shape
+    ends = list(itertools.accumulate(counts))
+    rows = ends[-1] if ends else 0
+    if x_PK.shape != (rows, inputs) or x_PK.dtype is not torch.float32:
+        raise ValueError(f"rows: got {tuple(x_PK.shape)} of {x_PK.dtype}; must be [{rows}, {inputs}] of float32")
+    if rows and not (0 <= min(slots) <= max(slots) < num_slots and min(counts) >= 0):
+        raise ValueError(f"slots: got {list(slots)} with {list(counts)} rows; must be below {num_slots}")
+    return _run(x_PK, weight_SNK.data_ptr(), outputs, inputs, slots, ends)
+
+
+class TiledWeight:
+    """One weight [N, K] that `can_tile` has accepted."""
+
+    def __init__(self, weight_NK: torch.Tensor) -> None:
+        self._weight = weight_NK  # it stays where it is
+        self._at, self._shape = weight_NK.data_ptr(), tuple(weight_NK.shape)
+
+    def product(self, x_RK: torch.Tensor) -> torch.Tensor:
+        """[R, N], fp32: rows times the transpose; R is not 0. See `tiled_product`."""
+        outputs, inputs = self._shape
+        if x_RK.shape[1] != inputs or x_RK.dtype is not torch.float32:
+            raise ValueError(f"rows: got {tuple(x_RK.shape)} of {x_RK.dtype}; must be [R, {inputs}] of float32")
+        return _run(x_RK, self._at, outputs, inputs, _FIRST, (x_RK.shape[0],))
+
+
+_FIRST = (0,)
+
+
+def _run(
+    x_PK: torch.Tensor, weights_at: int, outputs: int, inputs: int, slots: Sequence[int], ends: Sequence[int]
+) -> torch.Tensor:
+    run = team(_COMPILED)
+    assert run is not None
+    x_PK = x_PK.contiguous()
+    result = torch.empty((x_PK.shape[0], outputs), dtype=torch.float32)
+    pieces = -(-outputs // PIECE)
+    header = (x_PK.data_ptr(), weights_at, result.data_ptr(), inputs, outputs, len(slots), pieces)
+    run((*header, *slots, 0, *ends))
+    return result

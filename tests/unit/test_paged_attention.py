@@ -1,0 +1,90 @@
+"""Attention on blocks, compiled: what torch's gives, for every shape, number of threads and place in the store."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.kernels.attention import Histories, attend, can_attend
+
+
+def pieces(total: int, cuts: list[int], room: int) -> list[tuple[int, int]]:
+    """Ranges of ``total`` positions in all, apart from each other, in no order."""
+    edges = [0, *sorted({cut % total for cut in cuts} - {0}), total]
+    lengths = [b - a for a, b in itertools.pairwise(edges)]
+    starts, at = {}, room
+    for number in reversed(range(len(lengths))):
+        starts[number] = at
+        at += lengths[number] + 3
+    return [(starts[number], starts[number] + length) for number, length in enumerate(lengths)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_what_torch_computes(data: st.DataObject) -> None:
+    kv_heads, group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 13))
+    dim, v_dim = (16 * data.draw(st.integers(1, 12)) for _ in range(2))
+    threads, scale = data.draw(st.integers(1, 3)), data.draw(st.floats(0.1, 3.0)) / dim**0.5
+    rows = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=5, unique=True))
+    runs, room = [], 0
+    for _ in rows:
+        total = data.draw(st.integers(1, 90))
+        runs.append(pieces(total, data.draw(st.lists(st.integers(1, 90), max_size=3)), room))
+        room = max(last for _, last in runs[-1]) + 5
+    keys, values = torch.randn(room, kv_heads, dim), torch.randn(room, kv_heads, v_dim)
+    query = torch.randn(1, 8, kv_heads * group, dim).transpose(1, 2)
+    result = torch.full((1, 8, kv_heads * group, v_dim), 7.0)
+    assert can_attend(query, keys, values)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        attend(query, keys, values, Histories(rows, runs), scale, result)
+    finally:
+        torch.set_num_threads(before)
+    for row, parts in zip(rows, runs, strict=True):
+        at = torch.cat([torch.arange(first, last) for first, last in parts])
+        own, k, v = query[:, :, row : row + 1].double(), keys[at].double(), values[at].double()
+        wanted = F.scaled_dot_product_attention(
+            own, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale, enable_gqa=True
+        )
+        assert torch.allclose(result[:, row].double(), wanted[:, :, 0], atol=3e-6, rtol=1e-5)
+    others = [row for row in range(8) if row not in rows]
+    assert (result[:, others] == 7.0).all()
+
+
+def test_scores_far_apart_and_what_is_not_finite() -> None:
+    keys, values = torch.zeros(6, 1, 16), torch.randn(6, 1, 16)
+    keys[:, 0, 0] = torch.tensor([0.0, 1e4, -1e4, 1e4, 3.0, float("nan")])
+    query = torch.zeros(1, 1, 2, 16)
+    query[..., 0] = 1.0
+    result = torch.empty(1, 2, 1, 16)
+    attend(query, keys, values, Histories([0, 1], [[(0, 5)], [(2, 6)]]), 1.0, result)
+    assert torch.allclose(result[0, 0, 0], (values[1, 0] + values[3, 0]) / 2, atol=1e-6)
+    assert result[0, 1].isnan().all()
+
+
+def test_what_would_read_elsewhere_is_refused() -> None:
+    keys, query, result = torch.randn(10, 2, 16), torch.randn(1, 4, 3, 16), torch.empty(1, 3, 4, 16)
+    for histories, scale in (
+        (Histories([0], [[(4, 11)]]), 1.0),
+        (Histories([3], [[(0, 4)]]), 1.0),
+        (Histories([0], [[(0, 4)]]), 0.0),
+    ):
+        with pytest.raises(ValueError, match="attention of"):
+            attend(query, keys, keys, histories, scale, result)
+    with pytest.raises(ValueError, match="attention of"):
+        attend(query, keys, keys, Histories([0], [[(0, 4)]]), 1.0, torch.empty(1, 3, 4, 32))
+
+
+def test_tensors_that_it_does_not_take() -> None:
+    keys, query = torch.randn(10, 2, 16), torch.randn(1, 4, 3, 16)
+    assert can_attend(query, keys, keys)
+    assert not can_attend(query.bfloat16(), keys, keys)
+    assert not can_attend(query, torch.randn(10, 2, 24), keys)
+    assert not can_attend(torch.randn(1, 5, 3, 16), keys, keys), "heads that do not divide"
+    assert not can_attend(query, keys.transpose(0, 1).contiguous().transpose(0, 1), keys), "laid out by head"
