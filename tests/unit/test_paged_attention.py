@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import random
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
+from cluster.bench.engine import Generator
 from cluster.kernels.attention import Histories, attend, can_attend
+from cluster.weights.zoo import architectures
+from tests.conftest import MakeTiny
+from tests.systems import in_process_router
 
 
 def pieces(total: int, cuts: list[int], room: int) -> list[tuple[int, int]]:
@@ -88,3 +95,31 @@ def test_tensors_that_it_does_not_take() -> None:
     assert not can_attend(query, torch.randn(10, 2, 24), keys)
     assert not can_attend(torch.randn(1, 5, 3, 16), keys, keys), "heads that do not divide"
     assert not can_attend(query, keys.transpose(0, 1).contiguous().transpose(0, 1), keys), "laid out by head"
+
+
+OTHER_WAYS = {"deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen3_moe"}
+"""Latents that the layer makes keys of, and sinks, keep the model's own attention; windows, which these tiny models have,
+torch's."""
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_sequences_that_decode_are_read_where_they_lie(
+    arch: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def attend_and_note(*arguments: Any) -> None:
+        sizes.append(len(arguments[3].rows))
+        attend(*arguments)
+
+    monkeypatch.setattr("cluster.model.attention.attend", attend_and_note)
+    path = tiny(arch)
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = [[random.randrange(512) for _ in range(random.randint(3, 30))] for _ in range(4)]
+    with in_process_router(path, num_groups=2) as router:
+        tokens = Generator(router)(prompts, 8)["tokens"]
+    assert (max(sizes, default=0) > 1) == (arch not in OTHER_WAYS)
+    for prompt, chosen in zip(prompts, tokens, strict=True):
+        with torch.inference_mode():
+            wanted = oracle(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :]
+        assert wanted.argmax(-1).tolist() == chosen
