@@ -98,8 +98,8 @@ def test_tensors_that_it_does_not_take() -> None:
 
 
 OTHER_WAYS = {"deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen3_moe"}
-"""Latents that the layer makes keys of, and sinks, keep the model's own attention; windows, which these tiny models have,
-torch's."""
+"""Latents that the layer makes keys of, and sinks, keep the model's own attention; windows, which these tiny models
+have, torch's."""
 
 
 @pytest.mark.parametrize("arch", architectures())
