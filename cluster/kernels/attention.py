@@ -1,7 +1,7 @@
 """Attention of sequences that have one token each in a step, on keys and values where they lie in the blocks.
 
-torch's own attention on CPUs is made for many queries: for one token it takes ten times as long as reading the history,
-and it wants one call a sequence. Here all sequences are one call, divided among threads by sequence and head; the heads
+torch's own attention on CPUs is made for many queries: for one token it takes far longer than reading the history, and
+it wants one call a sequence. Here all sequences are one call, divided among threads by sequence and head; the heads
 that share a key are rows of one product (`cluster.kernels.registers`), so a history is read once.
 
 Softmax over paged blocks: W. Kwon et al., Efficient Memory Management for Large Language Model Serving with
@@ -75,6 +75,7 @@ def attend(
     _, heads, rows, dim = query.shape
     tokens, kv_heads, v_dim = values.shape
     fits = keys.shape == (tokens, kv_heads, dim) and result.shape == (1, rows, heads, v_dim) and result.is_contiguous()
+    fits = fits and query.stride(3) == 1
     if not fits or histories.highest > tokens or max(histories.rows) >= rows or not scale > 0:
         raise ValueError(f"attention of {tuple(query.shape)} over {tuple(keys.shape)} to {tuple(result.shape)}")
     scores = torch.empty(heads * histories.num_tokens, dtype=torch.float32)

@@ -186,7 +186,7 @@ class _Call:
             got = torch.empty(expected.shape, dtype=torch.float32)
             attend(own, keys, values, Histories([0], [span.runs]), scaling, got)
             same = bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
-        self._known.paged[self._layer] = same
+        self._known.paged[self._layer] = same and self._known.paged.get(self._layer, True)
 
 
 def _pick(histories: torch.Tensor, at_BS: torch.Tensor) -> torch.Tensor:

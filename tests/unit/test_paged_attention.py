@@ -86,6 +86,9 @@ def test_what_would_read_elsewhere_is_refused() -> None:
             attend(query, keys, keys, histories, scale, result)
     with pytest.raises(ValueError, match="attention of"):
         attend(query, keys, keys, Histories([0], [[(0, 4)]]), 1.0, torch.empty(1, 3, 4, 32))
+    apart = torch.randn(1, 4, 3, 32)[..., ::2]
+    with pytest.raises(ValueError, match="attention of"):
+        attend(apart, keys, keys, Histories([0], [[(0, 4)]]), 1.0, result)
 
 
 def test_tensors_that_it_does_not_take() -> None:
