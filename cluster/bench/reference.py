@@ -29,8 +29,15 @@ class Reference:
     @torch.inference_mode()
     def greedy(self, prompt: list[int], new: int) -> list[int]:
         """The next ``new`` tokens, each the likeliest; end tokens end nothing."""
+        ids = torch.tensor([prompt])
+        # Without a mask, generate() takes a padding token in the prompt for padding and hides it.
         made = self._model.generate(
-            torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
         )
         tokens: list[int] = made[0, len(prompt) :].tolist()
         return tokens
