@@ -6,8 +6,9 @@ long as reading them. Which wins for how many rows depends on the CPU; so it is 
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class KernelTable:
         for rows, (plain, tiled) in self.seconds.items():
             if tiled is None or tiled > _TIE * plain:
                 break
-            self.tiled_up_to = rows if rows < ROWS[-1] else 2 * rows
+            self.tiled_up_to = rows if rows < ROWS[-1] else sys.maxsize
 
     @classmethod
     def measure(cls, clock: Callable[[], float] = time.perf_counter) -> KernelTable:
@@ -44,22 +45,24 @@ class KernelTable:
         with torch.inference_mode():
             for rows in ROWS:
                 x = torch.randn(rows, _SIZE)
-                plain = _quick(lambda i, x=x: F.linear(x, weights[i]), clock)  # type: ignore[misc]
-                tiled = None
+                routes: list[Callable[[int], Any]] = [lambda i, x=x: F.linear(x, weights[i])]  # type: ignore[misc]
                 if can_tile(weights):
-                    tiled = _quick(lambda i, x=x: tiled_product(x, weights, (i,), (len(x),)), clock)  # type: ignore[misc]
-                seconds[rows] = plain, tiled
+                    routes.append(lambda i, x=x: tiled_product(x, weights, (i,), (len(x),)))  # type: ignore[misc]
+                plain, *tiled = _in_turns(routes, clock)
+                seconds[rows] = plain, tiled[0] if tiled else None
         return cls(seconds)
 
 
-def _quick(route: Callable[[int], Any], clock: Callable[[], float]) -> float:
-    """A low quartile: what else runs on the machine only adds."""
-    times = []
+def _in_turns(routes: Sequence[Callable[[int], Any]], clock: Callable[[], float]) -> list[float]:
+    """A low quartile of each: what else runs on the machine only adds, and in turns it adds to all."""
+    times: list[list[float]] = [[] for _ in routes]
     for i in range(4 * _ROUNDS):
-        started = clock()
-        route(i % _WEIGHTS)
-        times.append(clock() - started)
-    return sorted(times)[_ROUNDS]
+        for number, (route, taken) in enumerate(zip(routes, times, strict=True)):
+            far = i + number * _WEIGHTS // len(routes)  # what another has just read lies in a cache
+            started = clock()
+            route(far % _WEIGHTS)
+            taken.append(clock() - started)
+    return [sorted(taken)[_ROUNDS] for taken in times]
 
 
 class FastLinear:

@@ -101,13 +101,35 @@ def _dots(builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> No
             builder.call(fetch, [builder.inttoptr(builder.add(address, ahead), _BYTE), *flags])
         for address, places in zip(inputs, sums, strict=True):
             _add_products(builder, _load(builder, builder.add(address, offset)), loaded, places)
-    total = _function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _FLOAT, [_FLOAT, _VECTOR])
     for number, places in enumerate(sums):
-        for output, place in enumerate(places):
-            # In any order, as in every library's product.
-            value = builder.call(total, [ir.Constant(_FLOAT, 0.0), builder.load(place)], fastmath=("reassoc",))
-            address = builder.add(_at(builder, y, apart, number), _constant(4 * output))
-            builder.store(value, builder.inttoptr(address, _FLOAT.as_pointer()))
+        totals = _totals(builder, [builder.load(place) for place in places])
+        address = _at(builder, y, apart, number)
+        builder.store(totals, builder.inttoptr(address, totals.type.as_pointer()), align=4)
+
+
+def _totals(builder: ir.IRBuilder, vectors: list[Any]) -> Any:
+    """The sums of one, two or four vectors, side by side in a vector.
+
+    Pairs of vectors become one that holds half sums of both, which takes half of what summing each would.
+    """
+    wanted, width = len(vectors), LANES
+    while len(vectors) > 1:
+        width //= 2
+        firsts = [lane for lane in range(2 * LANES) if lane // width % 2 == 0]
+        seconds = [lane + width for lane in firsts]
+        vectors = [
+            builder.fadd(_shuffle(builder, a, b, firsts), _shuffle(builder, a, b, seconds))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    (total,) = vectors
+    while width > 1:
+        width //= 2
+        total = builder.fadd(total, _shuffle(builder, total, total, [lane ^ width for lane in range(LANES)]))
+    return _shuffle(builder, total, total, list(range(0, LANES, LANES // wanted)))
+
+
+def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_SMALL, len(lanes)), lanes))
 
 
 def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> None:

@@ -14,6 +14,7 @@ _BLOCK = 96 * 1024
 
 def _pieces(work: Any) -> None:
     x_at, w_at, y_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
+    x_row = work[8]
     block = max(1, _BLOCK // (K * ROWS)) * ROWS
     while True:
         piece = next_piece(work[0])
@@ -26,8 +27,8 @@ def _pieces(work: Any) -> None:
             high = min(low + block, end)
             for n in range(first, min(first + PIECE, N), OUTPUTS):
                 for row in range(low, high, ROWS):
-                    w, x, y = expert + n * K * 4, x_at + row * K * 4, y_at + (row * N + n) * 4
-                    dots(min(ROWS, high - row), w, K * 4, x, K * 4, y, N * 4, K)
+                    w, x, y = expert + n * K * 4, x_at + row * x_row, y_at + (row * N + n) * 4
+                    dots(min(ROWS, high - row), w, K * 4, x, x_row, y, N * 4, K)
 
 
 run = compiled(_pieces)
