@@ -19,6 +19,7 @@ import torch
 
 from cluster.core import GroupId
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
+from cluster.experts.compute import Compute, stored_dtype
 from cluster.experts.crew import Crew
 from cluster.experts.formats import (
     CALL_ROWS,
@@ -33,7 +34,7 @@ from cluster.experts.formats import (
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
-from cluster.kernels.linear import KernelTable
+from cluster.kernels.experts import Scratch
 from cluster.telemetry.memory import give_back_at_once
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES, settle
@@ -51,33 +52,6 @@ nine pairs in turns: a decode step took 0.91 of what it takes with an indexed su
 _LEAVE_S = 30.0
 LOADING_THREADS = 4
 """Where threads are not counted out, as beside a GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """How a bank computes: its dtype on the wire, the dtype of its weights ("auto": the same), and with what.
-
-    ``table`` (CPU only) says for how many rows tiles are faster than torch's products.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    expert_dtype: str = "auto"
-    threads: int = 1
-    table: KernelTable | None = None
-    memory_bytes: int = 0
-    """Budget for experts in memory; 0: all of them."""
-    predicts: bool = True
-    """Where they do not all fit, some are loaded before a call names them."""
-    direct: bool = False
-    """Where they do not all fit, they are read past the page cache."""
-    from_host: bool = False
-    """Where they do not all fit, they come from host memory, which holds all of them: always so beside a GPU."""
-
-    @property
-    def exact(self) -> bool:
-        """Weights are the checkpoint's in the served dtype."""
-        return self.expert_dtype in ("auto", DTYPE_NAMES.get(self.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +86,7 @@ class ExpertBank:
         self._leaving: list[tuple[float, int]] = []
         """When layers that experts left may be looked through in host memory."""
         self.dtype, self.device = how.dtype, how.device
+        self._scratch = Scratch()
         self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
 
     @property
@@ -143,7 +118,7 @@ class ExpertBank:
         needed = sum(size * len(experts) for size, experts in zip(sizes, holdings, strict=True))
         if how.memory_bytes and needed > how.memory_bytes:
             return _stored(group, weights, holdings, how, notes or LoadNotes())
-        reader = ExpertReader(weights, _stored_dtype(how))
+        reader = ExpertReader(weights, stored_dtype(how))
         for layer, experts in zip(moe_layers, holdings, strict=True):
             banks.append(_load_layer(reader, layer, list(experts), how))
             if progress is not None:
@@ -198,7 +173,7 @@ class ExpertBank:
             )
         slot_of_E[wanted] = np.arange(len(wanted))
         fresh = {
-            key: torch.empty((len(added), *p.shape[1:]), dtype=_stored_dtype(self.how))
+            key: torch.empty((len(added), *p.shape[1:]), dtype=stored_dtype(self.how))
             for key, p in moe_layer.module.named_parameters()
         }
         for number, expert in enumerate(added):
@@ -239,6 +214,11 @@ class ExpertBank:
         hidden_TH, (rows_P, experts_P, weight_P) = rows
         if hidden_TH.dtype != self.dtype:
             raise InvalidArgument("dtype", DTYPE_NAMES.get(hidden_TH.dtype), f"must be {DTYPE_NAMES[self.dtype]}")
+        at_once = bank.experts.at_once(len(hidden_TH)) if experts_P.size else None
+        if self.store is None and at_once is not None:
+            total_TH = at_once.run(hidden_TH, rows.pairs_3P, bank.slot_of_E, self._scratch)
+            if total_TH is not None:
+                return total_TH
         partial_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=self.device)
         if not experts_P.size:
             return partial_TH
@@ -253,6 +233,9 @@ class ExpertBank:
             with self.store.pinned(layer, wave_A) as slot_E:
                 slot_P = slot_E[experts_P[pairs]]
                 for piece in _pieces(slot_P, MAX_PIECE_BYTES // hidden_TH[0].nbytes):
+                    if at_once is not None:
+                        at_once.run(hidden_TH, rows.pairs_3P[:, pairs][:, piece], slot_E, self._scratch, partial_TH)
+                        continue
                     self._add(bank, partial_TH, hidden_TH, rows_P[pairs][piece], weight_P[pairs][piece], slot_P[piece])
                 settle(self.device)  # before others may have the slots
         return partial_TH
@@ -391,11 +374,6 @@ def _stored(
         dense = DenseExperts(layer.module, pool.tensors, how.table)
         banks.append(_LayerBank(slot_of_E, dense, max(1, pool.slots)))
     return ExpertBank(group, banks, how, layers, reader, store, tier)
-
-
-def _stored_dtype(how: Compute) -> torch.dtype:
-    """Weights are read in this one; quantised ones are made from it."""
-    return how.dtype if how.exact or how.expert_dtype == "fp32" else torch.float32
 
 
 def _load_layer(reader: ExpertReader, layer: MoeLayer, experts: list[int], how: Compute) -> _LayerBank:

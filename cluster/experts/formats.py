@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cluster.kernels.experts import GatedExperts
 from cluster.kernels.linear import KernelTable
 from cluster.kernels.tiles import can_tile, tiled_product
 
@@ -47,6 +48,10 @@ class LayerExperts(Protocol):
     ) -> LayerExperts:
         """The experts of another set of slots: each from a slot of these, or from the tensors ``fresh``. ``breathe`` is
         called after each piece of the work."""
+        ...
+
+    def at_once(self, num_tokens: int) -> GatedExperts | None:
+        """What computes whole calls of so many rows, from pairs to sums; None where `run` has to."""
         ...
 
     def order(self, counts_S: Any) -> Any:
@@ -82,6 +87,8 @@ class DenseExperts:
         """Experts with at most so many rows go through tiles."""
         if table is not None and not module.is_transposed and can_tile(self._up) and can_tile(self._down):
             self._few = table.tiled_up_to
+        biased = self._up_bias is not None or self._down_bias is not None
+        self._gated = GatedExperts.of(module, self._up, self._down) if self._few and not biased else None
 
     def with_slots(
         self, fresh: dict[str, torch.Tensor], sources: Sequence[Source], breathe: Breathe = no_pause
@@ -116,6 +123,10 @@ class DenseExperts:
         slots = np.flatnonzero(counts_S)
         many = counts_S[slots] > self._few
         return np.concatenate((slots[~many], slots[many])) if many.any() else slots
+
+    def at_once(self, num_tokens: int) -> GatedExperts | None:
+        """See `LayerExperts`."""
+        return self._gated if num_tokens <= self._few else None
 
     def shared(self, counts: Sequence[int]) -> int:
         """See `LayerExperts`: those that go through tiles."""
@@ -206,6 +217,10 @@ class QuantisedExperts:
     def order(self, counts_S: Any) -> Any:
         """See `LayerExperts`."""
         return np.flatnonzero(counts_S)
+
+    def at_once(self, num_tokens: int) -> GatedExperts | None:
+        """See `LayerExperts`."""
+        return None
 
     def shared(self, counts: Sequence[int]) -> int:
         """See `LayerExperts`: none, a product of few rows gains little from a second thread."""

@@ -14,7 +14,8 @@ import torch
 from cluster.config import Config
 from cluster.core import GroupId, GroupInfo, LayerCall, Order, StoreFacts
 from cluster.errors import Unavailable
-from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.bank import ExpertBank
+from cluster.experts.compute import Compute
 from cluster.experts.faults import LinkDropper, with_faults
 from cluster.experts.host import ExpertHost, InlineHost
 from cluster.experts.identity import Identity

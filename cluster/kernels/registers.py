@@ -45,14 +45,21 @@ def next_piece(typing: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def floats(typing: Any, address: Any) -> Any:
-    """The floats at an address."""
+def _pointer(to: Any, kind: Any) -> Any:
+    """An intrinsic that takes an address for one of such values."""
 
-    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], _FLOAT.as_pointer())
+    @intrinsic  # type: ignore[untyped-decorator]
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], to.as_pointer())
 
-    return types.CPointer(types.float32)(types.int64), generate
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+floats, words, longs = _pointer(_FLOAT, types.float32), _pointer(_SMALL, types.int32), _pointer(_INT, types.int64)
+"""The floats, 32-bit or 64-bit integers at an address."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]

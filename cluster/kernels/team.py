@@ -20,22 +20,39 @@ Team = Callable[[Sequence[int]], None]
 
 
 @functools.cache
-def team(module: str) -> Team | None:
-    """Of the compiled function ``run`` of a module of this package; None where torch's threads are not libgomp's, or
-    nothing can be compiled. What is compiled is kept for the next process."""
+def team(module: str, name: str = "run") -> Team | None:
+    """Of a compiled function of a module of this package; None where torch's threads are not libgomp's, or nothing can
+    be compiled. What is compiled is kept for the next process."""
     try:
         parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel  # by this name it is the one that torch has loaded
-        address = importlib.import_module(f"cluster.kernels.{module}").run.address
+        address = _address(module, name)
     except (OSError, AttributeError, ImportError) as exc:
         log.warning("%s is not used, which is slower: %s", module, exc)
         return None
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
 
     def run(numbers: Sequence[int]) -> None:
-        # Of Python's own sequences: numpy's arrays take longer to make than a product of one row.
-        size = len(numbers) + 2
-        work = (ctypes.c_int64 * size)(0, *numbers, 0)
-        work[0] = ctypes.addressof(work) + 8 * (size - 1)
-        parallel(address, work, torch.get_num_threads(), 0)
+        parallel(address, _work(numbers), torch.get_num_threads(), 0)
 
     return run
+
+
+@functools.cache
+def alone(module: str, name: str) -> Team:
+    """Of the same function, run by the calling thread. For what takes no longer than a thread to wake up."""
+    # It keeps the interpreter's lock, since to give it away and get it back takes as long.
+    call = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_address(module, name))
+    return lambda numbers: call(_work(numbers))
+
+
+def _address(module: str, name: str) -> int:
+    address: int = getattr(importlib.import_module(f"cluster.kernels.{module}"), name).address
+    return address
+
+
+def _work(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    # Of Python's own sequences: numpy's arrays take longer to make than a product of one row.
+    size = len(numbers) + 2
+    work = (ctypes.c_int64 * size)(0, *numbers, 0)
+    work[0] = ctypes.addressof(work) + 8 * (size - 1)
+    return work

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from numba import njit
+
 from cluster.kernels.compiling import compiled
 from cluster.kernels.registers import OUTPUTS, ROWS, dots, next_piece
 from cluster.kernels.tiles import HEADER, PIECE
 
 _BLOCK = 96 * 1024
-"""Floats of rows that go through a piece of weights before the next ones do, to stay in the second-level cache."""
+"""Floats of rows that stay in the second-level cache beside a piece of weights."""
+
+
+@njit  # type: ignore[untyped-decorator]
+def block_of(inputs: int) -> int:
+    """Rows that go through a piece of weights before the next ones do."""
+    return max(1, _BLOCK // (inputs * ROWS)) * ROWS
 
 
 def _pieces(work: Any) -> None:
     x_at, w_at, y_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
     x_row = work[8]
-    block = max(1, _BLOCK // (K * ROWS)) * ROWS
+    block = block_of(K)
     while True:
         piece = next_piece(work[0])
         if piece >= num * pieces:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
-from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.bank import ExpertBank
+from cluster.experts.compute import Compute
 from cluster.experts.crew import Crew
 from cluster.kernels.linear import ROWS, FastLinear, KernelTable
 from cluster.transport.base import LayerRows

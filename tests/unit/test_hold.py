@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError, InvalidArgument, MissingExperts
-from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.bank import ExpertBank
+from cluster.experts.compute import Compute
 from cluster.experts.group import ExpertGroup, how_to_compute
 from cluster.weights.zoo import architectures
 from tests.conftest import MakeTiny

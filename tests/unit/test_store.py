@@ -14,7 +14,8 @@ import torch
 
 from cluster.core import ExpertId, Order
 from cluster.errors import ConfigError, InternalError, MissingExperts
-from cluster.experts.bank import Compute, ExpertBank
+from cluster.experts.bank import ExpertBank
+from cluster.experts.compute import Compute
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore
 from cluster.transport.base import LayerRows

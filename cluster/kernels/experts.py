@@ -1,0 +1,146 @@
+"""One layer's experts with SiLU gates in four compiled steps: sort, gated product, product, sum.
+
+Between two products of a decoding step lies a handful of rows. What numpy and torch need to sort, gather, gate and add
+them costs more in calls than the work takes, the more so as the weights that stream through the caches displace all
+that those calls need. The gate is applied to each piece of the first product while it is in a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cluster.kernels.team import Team, alone, team
+from cluster.kernels.tiles import HEADER, INPUTS, PIECE, can_tile
+
+STATUS, NUM, SORTED = 0, 1, 2
+"""Where a plan has its outcome, the number of slots that have rows, and the work of a product: its header, these slots,
+and where the rows of each begin."""
+BAD_EXPERT, BAD_ROW, MISSING = 1, 2, 3
+_COMPILED = "experts_compiled"
+_SMALL = 64 * 1024
+"""Floats of all pairs' rows up to which one thread moves them: a second one takes longer to begin."""
+_PER_PIECE = 32 * 1024
+"""Floats that a thread moves at a time otherwise."""
+_KEPT_BYTES = 128 * 1024**2
+
+
+class Scratch:
+    """Memory between the steps, kept from call to call up to `_KEPT_BYTES`. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0)
+
+    def floats(self, number: int) -> torch.Tensor:
+        """At least so many."""
+        if number <= self._kept.numel():
+            return self._kept
+        found = torch.empty(number)
+        if found.nbytes <= _KEPT_BYTES:
+            self._kept = found
+        return found
+
+
+class GatedExperts:
+    """Experts whose first weights [S, 2 I, H] make gates and what they let through, and whose second are [S, H, I];
+    fp32, on the CPU, without biases."""
+
+    def __init__(self, up_SGH: torch.Tensor, down_SHI: torch.Tensor) -> None:
+        self._tensors = up_SGH, down_SHI  # they stay where they are
+        self._up_at, self._down_at = up_SGH.data_ptr(), down_SHI.data_ptr()
+        self._num_slots, self._hidden, self._inner = down_SHI.shape
+        found = team(_COMPILED, "gather"), team(_COMPILED, "gated"), team("tiles_compiled"), team(_COMPILED, "combine")
+        steps = [step for step in found if step is not None]
+        assert len(steps) == len(found)
+        self._gather: Team
+        self._gather, self._gated, self._product, self._combine = steps
+        self._sort, self._combine_few = alone(_COMPILED, "sort"), alone(_COMPILED, "combine")
+
+    @classmethod
+    def of(cls, module: Any, up_SGH: torch.Tensor, down_SHI: torch.Tensor) -> GatedExperts | None:
+        """For weights that tiles can take and an experts module that computes as described, by what its gate makes of
+        random rows; None for any other."""
+        if not (len(up_SGH) and module.has_gate and not module.is_transposed):
+            return None
+        inner = down_SHI.shape[2]
+        fits = up_SGH.shape[1] == 2 * inner and can_tile(up_SGH) and can_tile(down_SHI)
+        if not fits or team(_COMPILED, "gated") is None:
+            return None
+        with torch.inference_mode():
+            probe = 5.0 * torch.randn(3, 2 * inner)
+            probe[0] *= 1000  # some are cut off where they are large
+            gate, through = probe.chunk(2, dim=-1)
+            same = torch.allclose(module._apply_gate(probe), F.silu(gate) * through, rtol=1e-5, atol=1e-6)
+        return cls(up_SGH, down_SHI) if same else None
+
+    def run(
+        self,
+        hidden_TH: torch.Tensor,
+        pairs_3P: Any,
+        slot_of_E: Any,
+        scratch: Scratch,
+        total_TH: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Per row of ``hidden_TH`` (fp32) the sum over its pairs of gate weight times what the expert makes of the row,
+        fp32 [T, H]; added to ``total_TH`` where that is given. Pairs are those of a `LayerRows`, ``slot_of_E`` (int64)
+        the slot of each logical expert. None, and nothing done, where a pair names what does not exist."""
+        num_tokens, num_pairs = hidden_TH.shape[0], pairs_3P.shape[1]
+        hidden_TH, pairs_3P = hidden_TH.contiguous(), np.ascontiguousarray(pairs_3P, np.int32)
+        H, inner, slots = self._hidden, self._inner, self._num_slots
+        moves_few = num_pairs * H <= _SMALL
+        most = min(num_pairs, slots)
+        plan = np.empty(SORTED + HEADER + 2 * most + 1 + 3 * num_pairs + num_tokens + slots, np.int64)
+        plan_at: int = plan.ctypes.data
+        rows_at = plan_at + 8 * (SORTED + HEADER + 2 * most + 1)
+        places_at, pairs_of_at = rows_at + 8 * num_pairs, rows_at + 16 * num_pairs
+        ends_at = rows_at + 24 * num_pairs
+        one = num_tokens == 1  # every pair has the same row, where it is
+        x_row = 0 if one else 4 * (H + INPUTS)  # at this distance rows do not clash: see `cluster.kernels.tiles`
+        floats = scratch.floats(num_pairs * ((0 if one else H + INPUTS) + 2 * inner + H))
+        hidden_at, gates_at = hidden_TH.data_ptr(), floats.data_ptr()
+        ups_at = gates_at + 4 * num_pairs * inner
+        outputs_at = ups_at + 4 * num_pairs * inner
+        x_at = hidden_at if one else outputs_at + 4 * num_pairs * H
+        named_at: int = pairs_3P.ctypes.data
+        self._sort(
+            (
+                named_at,
+                named_at + 4 * num_pairs,
+                slot_of_E.ctypes.data,
+                len(slot_of_E),
+                num_tokens,
+                num_pairs,
+                slots,
+                plan_at,
+                rows_at,
+                ends_at,
+                places_at,
+                pairs_of_at,
+                ends_at + 8 * num_tokens,
+                hidden_at,
+                x_at if moves_few and not one else 0,
+                x_row,
+                H,
+            )
+        )
+        if plan[STATUS]:
+            return None
+        if not one and not moves_few:
+            self._gather((rows_at, num_pairs, hidden_at, x_at, x_row, H, max(1, _PER_PIECE // H)))
+        num, weights_at = int(plan[NUM]), named_at + 8 * num_pairs
+        pieces = -(-inner // PIECE)
+        self._gated((x_at, self._up_at, gates_at, H, inner, num, pieces, x_row, ups_at, plan_at))
+        shape = (inner, H, num, -(-H // PIECE), 4 * inner)
+        named = plan[SORTED + HEADER : SORTED + HEADER + 2 * num + 1].tolist()
+        self._product((gates_at, self._down_at, outputs_at, *shape, *named))
+        adds = total_TH is not None
+        if total_TH is None:
+            total_TH = torch.empty((num_tokens, H))
+        combine = self._combine_few if moves_few else self._combine
+        many = num_tokens if moves_few else max(1, _PER_PIECE * num_tokens // (H * num_pairs))
+        where = (ends_at, places_at, pairs_of_at, weights_at)
+        combine((outputs_at, total_TH.data_ptr(), H, num_tokens, int(adds), many, *where))
+        return total_TH

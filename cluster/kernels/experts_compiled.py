@@ -1,0 +1,159 @@
+"""What `cluster.kernels.experts` runs: sorting pairs by expert, gathering rows, the gated product, and the sum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from cluster.kernels.compiling import compiled
+from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, STATUS
+from cluster.kernels.registers import OUTPUTS, ROWS, dots, floats, longs, next_piece, power_of_two, words
+from cluster.kernels.tiles import HEADER, PIECE
+from cluster.kernels.tiles_compiled import block_of
+
+_HIGHEST = np.float32(87.0)  # the exponential of it, and of its negative, is a normal number
+_LOG2_E, _HALF, _ZERO, _ONE = np.float32(1.4426950408889634), np.float32(0.5), np.float32(0.0), np.float32(1.0)
+# Of 2 to the power of -0.5 to 0.5, by its Taylor series: the next term is 5e-9.
+_C1, _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
+_REORDERS = {"reassoc", "contract", "nsz"}
+"""Sums may be regrouped; infinities and NaN keep their meaning."""
+
+
+@njit(fastmath=_REORDERS)  # type: ignore[untyped-decorator]
+def _gate(gates: Any, ups: Any, n: int) -> None:
+    """SiLU of n gates times what they let through, in place of the gates."""
+    for i in range(n):
+        gate = gates[i]
+        x = -gate
+        x = _HIGHEST if x > _HIGHEST else x
+        x = -_HIGHEST if x < -_HIGHEST else x
+        whole = np.floor(x * _LOG2_E + _HALF)
+        f = x * _LOG2_E - whole
+        power = _ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * (_C6 + f * _C7))))))
+        gates[i] = gate / (_ONE + power * power_of_two(np.int32(whole))) * ups[i]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _copy(to: Any, source: Any, n: int) -> None:
+    for i in range(n):
+        to[i] = source[i]
+
+
+@njit(fastmath=_REORDERS)  # type: ignore[untyped-decorator]
+def _add_times(total: Any, rows: Any, weight: Any, n: int) -> None:
+    for i in range(n):
+        total[i] += weight * rows[i]
+
+
+def _sort(work: Any) -> None:
+    """Pairs by slot and by row; and, where somebody wants that, the rows in the order of slots."""
+    rows, experts, slot_of = words(work[1]), words(work[2]), longs(work[3])
+    num_experts, T, P, S, plan = work[4], work[5], work[6], work[7], work[8]
+    head = longs(plan)
+    row_of, ends_of = longs(work[9]), longs(work[10])  # P; T
+    place_of, pair_of, starts = longs(work[11]), longs(work[12]), longs(work[13])  # P; P; S
+    head[STATUS] = 0
+    for s in range(S):
+        starts[s] = 0
+    for t in range(T):
+        ends_of[t] = 0
+    for p in range(P):
+        if experts[p] < 0 or experts[p] >= num_experts:
+            head[STATUS] = BAD_EXPERT
+            return
+        if rows[p] < 0 or rows[p] >= T:
+            head[STATUS] = BAD_ROW
+            return
+        slot = slot_of[experts[p]]
+        if slot < 0 or slot >= S:
+            head[STATUS] = MISSING
+            return
+        starts[slot] += 1
+        ends_of[rows[p]] += 1
+    num = 0
+    for s in range(S):
+        if starts[s] > 0:
+            head[SORTED + HEADER + num] = s
+            num += 1
+    head[NUM] = num
+    total = 0
+    for number in range(num):
+        head[SORTED + HEADER + num + number] = total
+        s = head[SORTED + HEADER + number]
+        count = starts[s]
+        starts[s] = total
+        total += count
+    head[SORTED + HEADER + num + num] = total
+    total = 0
+    for t in range(T):  # to where each begins; when all are placed, it is where each ends
+        count = ends_of[t]
+        ends_of[t] = total
+        total += count
+    for p in range(P):
+        slot, row = slot_of[experts[p]], rows[p]
+        place, at = starts[slot], ends_of[row]
+        starts[slot] += 1
+        ends_of[row] += 1
+        row_of[place] = row
+        place_of[at] = place
+        pair_of[at] = p
+    if work[15] != 0:
+        for place in range(P):
+            source = work[14] + row_of[place] * work[17] * 4
+            _copy(floats(work[15] + place * work[16]), floats(source), work[17])
+
+
+def _gather(work: Any) -> None:
+    row_of, P, hidden, x, x_row, H, many = longs(work[1]), work[2], work[3], work[4], work[5], work[6], work[7]
+    while True:
+        first = next_piece(work[0]) * many
+        if first >= P:
+            break
+        for place in range(first, min(first + many, P)):
+            _copy(floats(x + place * x_row), floats(hidden + row_of[place] * H * 4), H)
+
+
+def _gated(work: Any) -> None:
+    x_at, w_at, h_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
+    x_row, u_at, plan = work[8], work[9], longs(work[10])
+    block = block_of(K)
+    while True:
+        piece = next_piece(work[0])
+        if piece >= num * pieces:
+            break
+        number, first = piece // pieces, piece % pieces * PIECE
+        last = min(first + PIECE, N)
+        expert = w_at + plan[SORTED + HEADER + number] * 2 * N * K * 4
+        start, end = plan[SORTED + HEADER + num + number], plan[SORTED + HEADER + num + number + 1]
+        for low in range(start, end, block):
+            high = min(low + block, end)
+            for half in range(2):
+                weights, y_at = expert + half * N * K * 4, u_at if half else h_at
+                for n in range(first, last, OUTPUTS):
+                    for row in range(low, high, ROWS):
+                        w, x, y = weights + n * K * 4, x_at + row * x_row, y_at + (row * N + n) * 4
+                        dots(min(ROWS, high - row), w, K * 4, x, x_row, y, N * 4, K)
+            for row in range(low, high):
+                _gate(floats(h_at + (row * N + first) * 4), floats(u_at + (row * N + first) * 4), last - first)
+
+
+def _combine(work: Any) -> None:
+    y_at, out_at, H, T, adds, many = work[1], work[2], work[3], work[4], work[5], work[6]
+    ends_of, place_of, pair_of, weights = longs(work[7]), longs(work[8]), longs(work[9]), floats(work[10])
+    while True:
+        first = next_piece(work[0]) * many
+        if first >= T:
+            break
+        for t in range(first, min(first + many, T)):
+            total = floats(out_at + t * H * 4)
+            if adds == 0:
+                for i in range(H):
+                    total[i] = _ZERO
+            for at in range(ends_of[t - 1] if t else 0, ends_of[t]):
+                _add_times(total, floats(y_at + place_of[at] * H * 4), weights[pair_of[at]], H)
+
+
+sort, gather, gated, combine = compiled(_sort), compiled(_gather), compiled(_gated), compiled(_combine)

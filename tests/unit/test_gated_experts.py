@@ -1,0 +1,135 @@
+"""Experts in compiled steps: the sums are right for any pairs, and what does not exist is noticed before anything."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.kernels.experts import GatedExperts, Scratch
+from cluster.kernels.team import team
+from cluster.kernels.tiles import INPUTS
+from cluster.transport.base import LayerRows
+
+pytestmark = pytest.mark.skipif(team("experts_compiled", "gated") is None, reason="nothing can be compiled here")
+
+
+def silu(hidden: torch.Tensor) -> torch.Tensor:
+    gate, through = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * through
+
+
+def module(**other: Any) -> Any:
+    return SimpleNamespace(**{"has_gate": True, "is_transposed": False, "_apply_gate": silu, **other})
+
+
+class Case:
+    """Random experts in the slots of a layer with some more, and pairs that name them in any order."""
+
+    def __init__(self, slots: int, hidden: int, inner: int, tokens: int, pairs: int) -> None:
+        self.up, self.down = 0.1 * torch.randn(slots, 2 * inner, hidden), 0.1 * torch.randn(slots, hidden, inner)
+        self.held = random.sample(range(slots + 2), slots)
+        self.slot_of_E = np.full(slots + 2, -1, np.int64)
+        self.slot_of_E[self.held] = np.arange(slots)
+        self.hidden_TH = torch.randn(tokens, hidden)
+        self.rows_P = [random.randrange(tokens) for _ in range(pairs)]
+        self.experts_P = [random.choice(self.held) for _ in range(pairs)]
+        self.weight_P = np.random.rand(pairs).astype(np.float32)
+        self.experts = GatedExperts.of(module(), self.up, self.down)
+
+    @property
+    def rows(self) -> LayerRows:
+        return LayerRows.of(self.hidden_TH, self.rows_P, self.experts_P, self.weight_P)
+
+    def run(self, scratch: Scratch, total: torch.Tensor | None = None) -> torch.Tensor | None:
+        assert self.experts is not None
+        return self.experts.run(self.hidden_TH, self.rows.pairs_3P, self.slot_of_E, scratch, total)
+
+    def expected(self) -> torch.Tensor:
+        total = torch.zeros(self.hidden_TH.shape, dtype=torch.float64)
+        for row, expert, weight in zip(self.rows_P, self.experts_P, self.weight_P, strict=True):
+            slot = int(self.slot_of_E[expert])
+            inner = silu(self.up[slot].double() @ self.hidden_TH[row].double())
+            total[row] += float(weight) * (self.down[slot].double() @ inner)
+        return total.float()
+
+
+SCRATCH = Scratch()  # one for all, as a bank has: what a call leaves in it must not matter
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 5), st.integers(1, 40), st.integers(1, 90))
+def test_any_pairs(slots: int, hidden: int, inner: int, tokens: int, pairs: int) -> None:
+    case = Case(slots, hidden * INPUTS, inner * INPUTS, tokens, pairs)
+    got = case.run(SCRATCH)
+    assert got is not None
+    assert torch.allclose(got, case.expected(), rtol=1e-4, atol=1e-5)
+    before = torch.randn_like(got)
+    added = case.run(SCRATCH, before.clone())
+    assert added is not None
+    assert torch.allclose(added, before + got, rtol=1e-4, atol=1e-5)
+
+
+def test_more_rows_than_one_thread_moves_and_more_than_a_cache_holds() -> None:
+    case = Case(3, 256, 64, 900, 1800)
+    got = case.run(SCRATCH)
+    assert got is not None
+    assert torch.allclose(got, case.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("number", [-1, 1000])
+def test_pairs_that_name_nothing_are_refused(place: int, number: int) -> None:
+    case = Case(3, 32, 16, 4, 9)
+    (case.rows_P if place == 0 else case.experts_P)[5] = number
+    assert case.run(SCRATCH) is None
+
+
+def test_an_expert_that_is_not_held_is_refused() -> None:
+    case = Case(3, 32, 16, 4, 9)
+    case.experts_P[-1] = next(expert for expert in range(5) if expert not in case.held)
+    total = torch.zeros(4, 32)
+    assert case.run(SCRATCH, total) is None
+    assert not total.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
+    case = Case(2, 32, 16, 5, 15)
+    case.rows_P = [pair % 5 for pair in range(15)]
+    case.hidden_TH[2] = bad
+    got = case.run(SCRATCH)
+    assert got is not None
+    assert not got[2].isfinite().any()
+    others = [0, 1, 3, 4]
+    case.hidden_TH[2] = 0.0
+    assert torch.allclose(got[others], case.expected()[others], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"has_gate": False},
+        {"is_transposed": True},
+        {"_apply_gate": lambda hidden: F.gelu(hidden.chunk(2, dim=-1)[0]) * hidden.chunk(2, dim=-1)[1]},
+        {"_apply_gate": lambda hidden: silu(hidden.clamp(max=7.0))},
+        {"_apply_gate": lambda hidden: silu(torch.cat(hidden.chunk(2, dim=-1)[::-1], dim=-1))},
+    ],
+)
+def test_other_experts_are_left_to_others(other: dict[str, Any]) -> None:
+    up, down = torch.randn(2, 64, 64), torch.randn(2, 64, 32)
+    assert GatedExperts.of(module(), up, down) is not None
+    assert GatedExperts.of(module(**other), up, down) is None
+
+
+def test_weights_that_tiles_cannot_take_are_left_to_others() -> None:
+    assert GatedExperts.of(module(), torch.randn(2, 24, 64), torch.randn(2, 64, 12)) is None
+    assert GatedExperts.of(module(), torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16()) is None
+    assert GatedExperts.of(module(), torch.empty(0, 64, 64), torch.empty(0, 64, 32)) is None
