@@ -6,6 +6,7 @@ long as reading them. Which wins for how many rows depends on the CPU; so it is 
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cluster.kernels.tiles import TiledWeight, can_tile, tiled_product
+from cluster.kernels.team import Team, alone, team
+from cluster.kernels.tiles import TiledWeight, TiledWeights, can_tile, tiled_product
 
 ROWS = (1, 4, 16, 64, 256)
 _SIZE, _WEIGHTS, _ROUNDS = 1024, 24, 4
 _TIE = 1.05
 
+_NORM, _FEW = "norm_compiled", 32 * 1024
+"""Floats that one thread normalises: a second one takes longer to begin."""
 SMALL_BYTES = 32 * 1024**2
 """Weights of a process that are no more than this lie in caches, and nothing needs to be measured."""
 
@@ -73,23 +77,100 @@ class FastLinear:
         self._few = table.tiled_up_to if can_tile(weight_NK) else 0
         self._tiled = TiledWeight(weight_NK)
         self._outputs, self._inputs = weight_NK.shape
+        self.family: Family | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, K]."""
+        return self._weight
+
+    @property
+    def tiles(self) -> bool:
+        """Its products are tiled, if not for every number of rows."""
+        return self._few > 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``F.linear(x, weight, bias)``."""
         rows = x.numel() // self._inputs
         if not 0 < rows <= self._few:
             return F.linear(x, self._weight, self._bias)
-        product = self._tiled.product(x.reshape(rows, self._inputs))
+        product = self.family.product(self, x) if self.family is not None else None
+        if product is None:
+            product = self._tiled.product(x.reshape(rows, self._inputs))
         if self._bias is not None:
             product += self._bias
         return product.view(*x.shape[:-1], self._outputs)
 
 
+class Family:
+    """Linear layers of one module that may get the same rows, as those of queries, keys and values do: then the first
+    one's call computes the products of all.
+
+    Who gets what the first one got is seen in a round of calls, from one call of the first one to its next. Used by one
+    thread at a time.
+    """
+
+    def __init__(self, members: Sequence[FastLinear]) -> None:
+        for member in members:
+            member.family = self
+        self._members = list(members)
+        self._first: FastLinear | None = None
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        """While it is not known: what the first one got, and a copy of it."""
+        self._others: list[FastLinear] = []
+        self._weights: TiledWeights | None = None
+        self._rows: torch.Tensor | None = None
+        self._products: dict[int, torch.Tensor] = {}
+
+    def product(self, member: FastLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """[R, N], without bias; None where the member has to compute it."""
+        if self._weights is None:
+            self._learn(member, x)
+            return None
+        if member is not self._first:
+            known = self._products.pop(id(member), None) if x is self._rows else None
+            if not self._products:
+                self._rows = None
+            return known
+        own, *others = self._weights.products(x.reshape(-1, x.shape[-1]))
+        self._products = {id(other): product for other, product in zip(self._others, others, strict=True)}
+        self._rows = x  # kept, so that no other tensor is taken for it
+        return own
+
+    def _learn(self, member: FastLinear, x: torch.Tensor) -> None:
+        if self._first is None:
+            self._first, self._seen = member, (x, x.clone())
+        elif member is self._first:
+            if self._others:
+                self._weights = TiledWeights([member.weight, *(other.weight for other in self._others)])
+            else:
+                self._disband()
+            self._seen = None
+        else:
+            assert self._seen is not None
+            same = x is self._seen[0] and torch.equal(x, self._seen[1])  # and nobody has changed it in the meantime
+            if same and member not in self._others:
+                self._others.append(member)
+            elif not same:
+                member.family = None
+
+    def _disband(self) -> None:
+        for member in self._members:
+            member.family = None
+
+
 class FastNorm:
-    """Stands in for one RMSNorm module of transformers: one call of torch's instead of six."""
+    """Stands in for one RMSNorm module of transformers: one compiled call in fp32 on CPUs, elsewhere one of torch's,
+    instead of six."""
 
     def __init__(self, weight_H: torch.Tensor, epsilon: float) -> None:
         self.weight, self._epsilon, self._shape = weight_H, epsilon, tuple(weight_H.shape)
+        self._run: tuple[Team, Team] | None = None
+        if weight_H.is_cpu and weight_H.dtype is torch.float32 and weight_H.dim() == 1 and weight_H.is_contiguous():
+            many = team(_NORM)
+            self._run = None if many is None else (alone(_NORM), many)
+        self._epsilon_here = ctypes.c_float(epsilon)
+        self._at = weight_H.data_ptr(), ctypes.addressof(self._epsilon_here)
 
     @classmethod
     def of(cls, module: Any) -> FastNorm | None:
@@ -109,4 +190,16 @@ class FastNorm:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.functional.rms_norm``."""
-        return F.rms_norm(hidden, self._shape, self.weight, self._epsilon)
+        if self._run is None or not hidden.is_contiguous() or hidden.dtype is not torch.float32 or not hidden.is_cpu:
+            return F.rms_norm(hidden, self._shape, self.weight, self._epsilon)
+        (size,) = self._shape
+        if hidden.shape[-1] != size:
+            raise ValueError(f"rows: got {tuple(hidden.shape)}; must be [..., {size}]")
+        result = torch.empty_like(hidden)
+        numbers, rows = hidden.numel(), hidden.numel() // size
+        small = numbers <= _FEW
+        many = rows if small else max(1, _FEW // size)
+        weight_at, epsilon_at = self._at
+        run = self._run[0 if small else 1]
+        run((hidden.data_ptr(), weight_at, result.data_ptr(), size, rows, max(1, many), epsilon_at))
+        return result

@@ -38,7 +38,7 @@ def team(module: str, name: str = "run") -> Team | None:
 
 
 @functools.cache
-def alone(module: str, name: str) -> Team:
+def alone(module: str, name: str = "run") -> Team:
     """Of the same function, run by the calling thread. For what takes no longer than a thread to wake up."""
     # It keeps the interpreter's lock, since to give it away and get it back takes as long.
     call = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_address(module, name))

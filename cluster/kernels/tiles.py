@@ -72,7 +72,39 @@ class TiledWeight:
         return _run(x_RK, self._at, outputs, inputs, _FIRST, (x_RK.shape[0],))
 
 
+class TiledWeights:
+    """Several such weights with the same number of inputs."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights = list(weights)  # they stay where they are
+        (self._inputs,) = {weight.shape[1] for weight in weights}
+        self._each = [(weight.data_ptr(), len(weight), -(-len(weight) // PIECE)) for weight in weights]
+        self._pieces = sum(pieces for *_, pieces in self._each)
+
+    def products(self, x_RK: torch.Tensor) -> list[torch.Tensor]:
+        """The products of the same rows with each of them, in one call. See `TiledWeight.product`."""
+        if x_RK.shape[1] != self._inputs or x_RK.dtype is not torch.float32:
+            raise ValueError(f"rows: got {tuple(x_RK.shape)} of {x_RK.dtype}; must be [R, {self._inputs}] of float32")
+        run = team(_COMPILED, "side_by_side")
+        assert run is not None
+        rows, x_RK = x_RK.shape[0], _apart(x_RK)
+        results = [torch.empty((rows, outputs), dtype=torch.float32) for _, outputs, _ in self._each]
+        work = [x_RK.data_ptr(), self._inputs, rows, 4 * x_RK.stride(0), self._pieces, *[0] * (HEADER - 6)]
+        for (at, outputs, pieces), result in zip(self._each, results, strict=True):
+            work += (at, result.data_ptr(), outputs, pieces)
+        run(work)
+        return results
+
+
 _FIRST = (0,)
+
+
+def _apart(x_PK: torch.Tensor) -> torch.Tensor:
+    """The same rows, with numbers side by side and rows where they do not clash."""
+    rows, inputs = x_PK.shape
+    if rows > _CLASHING and 4 * inputs % _PAGE == 0:
+        return torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs].copy_(x_PK)
+    return x_PK if x_PK.stride(1) == 1 else x_PK.contiguous()
 
 
 def _run(
@@ -80,11 +112,7 @@ def _run(
 ) -> torch.Tensor:
     run = team(_COMPILED)
     assert run is not None
-    rows = x_PK.shape[0]
-    if rows > _CLASHING and 4 * inputs % _PAGE == 0:
-        x_PK = torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs].copy_(x_PK)
-    elif x_PK.stride(1) != 1:
-        x_PK = x_PK.contiguous()
+    x_PK = _apart(x_PK)
     result = torch.empty((x_PK.shape[0], outputs), dtype=torch.float32)
     pieces = -(-outputs // PIECE)
     header = (x_PK.data_ptr(), weights_at, result.data_ptr(), inputs, outputs, len(slots), pieces, 4 * x_PK.stride(0))

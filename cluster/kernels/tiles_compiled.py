@@ -39,4 +39,24 @@ def _pieces(work: Any) -> None:
                     dots(min(ROWS, high - row), w, K * 4, x, x_row, y, N * 4, K)
 
 
-run = compiled(_pieces)
+def _side_by_side(work: Any) -> None:
+    x_at, K, rows, x_row, total = work[1], work[2], work[3], work[4], work[5]
+    block = block_of(K)
+    while True:
+        piece = next_piece(work[0])
+        if piece >= total:
+            break
+        at = HEADER
+        while piece >= work[at + 3]:
+            piece -= work[at + 3]
+            at += 4
+        weight, y_at, N, first = work[at], work[at + 1], work[at + 2], piece * PIECE
+        for low in range(0, rows, block):
+            high = min(low + block, rows)
+            for n in range(first, min(first + PIECE, N), OUTPUTS):
+                for row in range(low, high, ROWS):
+                    w, x, y = weight + n * K * 4, x_at + row * x_row, y_at + (row * N + n) * 4
+                    dots(min(ROWS, high - row), w, K * 4, x, x_row, y, N * 4, K)
+
+
+run, side_by_side = compiled(_pieces), compiled(_side_by_side)

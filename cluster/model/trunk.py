@@ -13,7 +13,7 @@ import torch
 
 from cluster.core import Clock
 from cluster.errors import InternalError
-from cluster.kernels.linear import SMALL_BYTES, FastLinear, FastNorm, KernelTable
+from cluster.kernels.linear import SMALL_BYTES, Family, FastLinear, FastNorm, KernelTable
 from cluster.model.ahead import AheadOfTime, shared_experts_of
 from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
@@ -203,10 +203,18 @@ class Trunk:
 def speed_up(model: Any, table: KernelTable) -> None:
     """Gives every linear layer on the CPU the kernels of ``table``, and every RMSNorm torch's own."""
     speed_up_norms(model)
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and module.weight.is_cpu:
-            # Instead of the class's; a submodule or parameter it is not.
-            module.__dict__["forward"] = FastLinear(module.weight, module.bias, table)
+    for parent in model.modules():
+        by_inputs: dict[int, list[FastLinear]] = {}
+        for module in parent.children():
+            if type(module) is torch.nn.Linear and module.weight.is_cpu and "forward" not in module.__dict__:
+                linear = FastLinear(module.weight, module.bias, table)
+                # Instead of the class's; a submodule or parameter it is not.
+                module.__dict__["forward"] = linear
+                if linear.tiles:
+                    by_inputs.setdefault(linear.weight.shape[1], []).append(linear)
+        for members in by_inputs.values():
+            if len(members) > 1:
+                Family(members)
 
 
 def speed_up_norms(model: Any) -> None:

@@ -41,6 +41,7 @@ class Dispatcher:
         count: Counter | None = None,
     ) -> None:
         self._fabric, self._dtype, self._caller, self._clock, self._count = fabric, dtype, caller, clock, count
+        self._rows_of: tuple[int, int, Ints] = 0, 0, np.empty(0, np.int64)
 
     def __call__(
         self,
@@ -62,7 +63,7 @@ class Dispatcher:
         """
         started_s = self._clock()
         num_tokens, experts_per_token = index_TK.shape
-        rows_P = np.repeat(np.arange(num_tokens), experts_per_token)
+        rows_P = self._rows(num_tokens, experts_per_token)
         experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
         weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
         if self._count is not None:
@@ -86,7 +87,10 @@ class Dispatcher:
                 meanwhile()
                 now_s = self._clock()
                 step.ledger.add(Stage.TRUNK, now_s - sent_s)
-            combined_TH = torch.zeros(local_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+            # A group in this process gives what is nobody else's, and where it is the only one that is the sum.
+            only = bool(inline_s) and len(parts) == 1 and parts[0].row_index is None
+            shape = (0,) if only else local_TH.shape
+            combined_TH = torch.zeros(shape, dtype=torch.float32, device=hidden_TH.device)
             for part in parts:
                 from_s = now_s
                 try:
@@ -103,7 +107,10 @@ class Dispatcher:
                         step.detail.close(times, sent_s, answers, self._clock())
                     raise
                 arrived_s = self._clock()
-                add_rows(combined_TH, part.row_index, reply.partial_TH)
+                if only:
+                    combined_TH = reply.partial_TH.to(hidden_TH.device)
+                else:
+                    add_rows(combined_TH, part.row_index, reply.partial_TH)
                 now_s = self._clock()
                 combine_s += now_s - arrived_s
                 answers.append(self._answer_of(step, layer, part, reply, from_s, arrived_s))
@@ -117,6 +124,13 @@ class Dispatcher:
         if step.detail is not None and times is not None:
             step.detail.close(times, sent_s, answers, self._clock())
         return combined_TH
+
+    def _rows(self, num_tokens: int, experts_per_token: int) -> Ints:
+        """0, 0, ..., 1, 1, ...: the same for all layers of a step."""
+        if self._rows_of[:2] != (num_tokens, experts_per_token):
+            rows_P = np.repeat(np.arange(num_tokens), experts_per_token)
+            self._rows_of = num_tokens, experts_per_token, rows_P
+        return self._rows_of[2]
 
     def _answer_of(
         self, step: StepContext, layer: int, part: Part, reply: LayerReply, from_s: float, arrived_s: float

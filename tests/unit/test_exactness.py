@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.api.router import Router
+from cluster.experts import group
+from cluster.kernels.linear import ROWS, KernelTable
 from cluster.model import attention, trunk
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
@@ -70,6 +72,9 @@ def test_ragged_chunked_batches_give_the_oracles_tokens_and_logits(
         monkeypatch.setattr(attention, "PIECE_LIMIT", 100)
     else:
         monkeypatch.setattr(trunk, "SMALL_BYTES", 0)
+        monkeypatch.setattr(group, "SMALL_BYTES", 0)
+        tiles = KernelTable(dict.fromkeys(ROWS, (1.0, 0.5)))
+        monkeypatch.setattr(KernelTable, "measure", lambda: tiles)
     path = tiny(arch, seed=random.randrange(10_000))
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = [[random.randrange(512) for _ in range(length)] for length in PROMPT_LENGTHS]
