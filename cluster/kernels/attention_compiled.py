@@ -76,9 +76,29 @@ def _heads(work: Any) -> None:
                 rows, whole = min(ROWS, group - low), n // OUTPUTS * OUTPUTS
                 mine, there = q + low * q_head, scores + (low * tokens + done) * 4
                 for t in range(0, whole, OUTPUTS):
-                    dots(rows, key + t * k_token, k_token, mine, q_head, there + t * 4, tokens * 4, dim)
+                    dots(
+                        rows,
+                        key + t * k_token,
+                        k_token,
+                        mine,
+                        q_head,
+                        there + t * 4,
+                        tokens * 4,
+                        dim,
+                        key + (t + OUTPUTS) * k_token,
+                    )
                 for t in range(whole, n):
-                    dots_of_one(rows, key + t * k_token, k_token, mine, q_head, there + t * 4, tokens * 4, dim)
+                    dots_of_one(
+                        rows,
+                        key + t * k_token,
+                        k_token,
+                        mine,
+                        q_head,
+                        there + t * 4,
+                        tokens * 4,
+                        dim,
+                        key + (t + 1) * k_token,
+                    )
             done += n
         for number in range(group):
             _weigh(floats(scores), number * tokens, tokens, scale)
@@ -93,9 +113,9 @@ def _heads(work: Any) -> None:
                 rows, whole = min(ROWS, group - low), v_dim // _WIDE * _WIDE
                 shares, there = scores + (low * tokens + done) * 4, y + low * y_head
                 for d in range(0, whole, _WIDE):
-                    mixes(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n)
+                    mixes(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n, 0)
                 for d in range(whole, v_dim, LANES):
-                    mixes_of_one(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n)
+                    mixes_of_one(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n, 0)
             done += n
 
 

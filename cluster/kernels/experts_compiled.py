@@ -10,14 +10,16 @@ from numba import njit
 
 from cluster.kernels.compiling import compiled
 from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, STATUS
-from cluster.kernels.registers import OUTPUTS, ROWS, dots, floats, longs, next_piece, power_of_two, words
+from cluster.kernels.registers import floats, longs, next_piece, power_of_two, words
 from cluster.kernels.tiles import HEADER, PIECE
-from cluster.kernels.tiles_compiled import block_of
+from cluster.kernels.tiles_compiled import multiply
 
 _HIGHEST = np.float32(87.0)  # the exponential of it, and of its negative, is a normal number
 _LOG2_E, _HALF, _ZERO, _ONE = np.float32(1.4426950408889634), np.float32(0.5), np.float32(0.0), np.float32(1.0)
 # Of 2 to the power of -0.5 to 0.5, by its Taylor series: the next term is 5e-9.
 _C1, _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
+_BLOCK_ROWS = 96
+"""Rows whose gates are still in a cache when they are applied."""
 _REORDERS = {"reassoc", "contract", "nsz"}
 """Sums may be regrouped; infinities and NaN keep their meaning."""
 
@@ -118,26 +120,25 @@ def _gather(work: Any) -> None:
 
 def _gated(work: Any) -> None:
     x_at, w_at, h_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
-    x_row, u_at, plan = work[8], work[9], longs(work[10])
-    block = block_of(K)
-    while True:
-        piece = next_piece(work[0])
-        if piece >= num * pieces:
-            break
+    x_row, u_at, plan, total = work[8], work[9], longs(work[10]), work[6] * work[7]
+    piece = next_piece(work[0])
+    while piece < total:
+        coming = next_piece(work[0])
         number, first = piece // pieces, piece % pieces * PIECE
         last = min(first + PIECE, N)
-        expert = w_at + plan[SORTED + HEADER + number] * 2 * N * K * 4
+        gates = w_at + plan[SORTED + HEADER + number] * 2 * N * K * 4
+        ups, after = gates + N * K * 4, gates
+        if coming < total:
+            slot = plan[SORTED + HEADER + coming // pieces]
+            after = w_at + (slot * 2 * N + coming % pieces * PIECE) * K * 4
         start, end = plan[SORTED + HEADER + num + number], plan[SORTED + HEADER + num + number + 1]
-        for low in range(start, end, block):
-            high = min(low + block, end)
-            for half in range(2):
-                weights, y_at = expert + half * N * K * 4, u_at if half else h_at
-                for n in range(first, last, OUTPUTS):
-                    for row in range(low, high, ROWS):
-                        w, x, y = weights + n * K * 4, x_at + row * x_row, y_at + (row * N + n) * 4
-                        dots(min(ROWS, high - row), w, K * 4, x, x_row, y, N * 4, K)
+        for low in range(start, end, _BLOCK_ROWS):
+            high = min(low + _BLOCK_ROWS, end)
+            multiply(x_at, x_row, low, high, gates, first, last, h_at, N, K, ups + first * K * 4)
+            multiply(x_at, x_row, low, high, ups, first, last, u_at, N, K, after)
             for row in range(low, high):
                 _gate(floats(h_at + (row * N + first) * 4), floats(u_at + (row * N + first) * 4), last - first)
+        piece = coming
 
 
 def _combine(work: Any) -> None:

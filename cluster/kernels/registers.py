@@ -85,18 +85,18 @@ def _of_rows(generate: _Generate, width: int) -> Any:
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        typing: Any, rows: Any, a: Any, a_stride: Any, b: Any, b_stride: Any, y: Any, y_stride: Any, n: Any
+        typing: Any, rows: Any, a: Any, a_stride: Any, b: Any, b_stride: Any, y: Any, y_stride: Any, n: Any, ahead: Any
     ) -> Any:
-        return types.none(*[types.int64] * 8), by_rows
+        return types.none(*[types.int64] * 9), by_rows
 
     return tile
 
 
 def _dots(builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> None:
-    w, w_stride, x, x_stride, y, apart, n = arguments
+    w, w_stride, x, x_stride, y, apart, n, ahead = arguments
     weights = [_at(builder, w, w_stride, number) for number in range(outputs)]
     inputs = [_at(builder, x, x_stride, number) for number in range(rows)]
-    ahead = builder.mul(w_stride, _constant(outputs))
+    coming = [_at(builder, ahead, w_stride, number) for number in range(outputs)]
     fetch = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [_BYTE, _SMALL, _SMALL, _SMALL])
     flags = [ir.Constant(_SMALL, flag) for flag in (_TO_READ, _NEAR_L2, _AS_DATA)]
     sums = _sums(builder, rows, outputs)
@@ -104,8 +104,8 @@ def _dots(builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> No
         offset = builder.mul(loop.index, _constant(LANES * 4))
         addresses = [builder.add(address, offset) for address in weights]
         loaded = [_load(builder, address) for address in addresses]
-        for address in addresses:
-            builder.call(fetch, [builder.inttoptr(builder.add(address, ahead), _BYTE), *flags])
+        for address in coming:
+            builder.call(fetch, [builder.inttoptr(builder.add(address, offset), _BYTE), *flags])
         for address, places in zip(inputs, sums, strict=True):
             _add_products(builder, _load(builder, builder.add(address, offset)), loaded, places)
     for number, places in enumerate(sums):
@@ -140,7 +140,7 @@ def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
 
 
 def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> None:
-    p, p_stride, v, v_stride, y, apart, n = arguments
+    p, p_stride, v, v_stride, y, apart, n, _ahead = arguments
     shares = [_at(builder, p, p_stride, number) for number in range(rows)]
     sums = _sums(builder, rows, width)
     results = [
@@ -195,10 +195,10 @@ def _load(builder: ir.IRBuilder, address: Any) -> Any:
 
 
 dots, dots_of_one = _of_rows(_dots, OUTPUTS), _of_rows(_dots, 1)
-"""``(rows, w, w_stride, x, x_stride, y, y_stride, n)``: the dot products of each row at ``x`` with the next four
-weights (or one) at ``w``, n floats each, to ``y``: those of a row side by side. Strides are bytes; n is a multiple of
-LANES."""
+"""``(rows, w, w_stride, x, x_stride, y, y_stride, n, ahead)``: the dot products of each row at ``x`` with the next four
+weights (or one) at ``w``, n floats each, to ``y``: those of a row side by side. Meanwhile as many weights at ``ahead``
+are fetched. Strides are bytes; n is a multiple of LANES."""
 
 mixes, mixes_of_one = _of_rows(_mixes, OUTPUTS), _of_rows(_mixes, 1)
-"""``(rows, p, p_stride, v, v_stride, y, y_stride, n)``: adds to the next four vectors of floats (or one) of each row at
-``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Strides are bytes."""
+"""``(rows, p, p_stride, v, v_stride, y, y_stride, n, unused)``: adds to the next four vectors of floats (or one) of each
+row at ``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Strides are bytes."""
