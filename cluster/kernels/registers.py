@@ -200,5 +200,5 @@ weights (or one) at ``w``, n floats each, to ``y``: those of a row side by side.
 are fetched. Strides are bytes; n is a multiple of LANES."""
 
 mixes, mixes_of_one = _of_rows(_mixes, OUTPUTS), _of_rows(_mixes, 1)
-"""``(rows, p, p_stride, v, v_stride, y, y_stride, n, unused)``: adds to the next four vectors of floats (or one) of each
+"""``(rows, p, p_stride, v, v_stride, y, y_stride, n, unused)``: adds to the next four vectors (or one) of each
 row at ``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Strides are bytes."""

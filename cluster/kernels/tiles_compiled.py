@@ -22,8 +22,8 @@ _BLOCK = 96 * 1024
 def multiply(
     x: int, x_row: int, low: int, high: int, w: int, first: int, last: int, y: int, N: int, K: int, after: int
 ) -> None:
-    """Rows ``low`` to ``high`` times outputs ``first`` to ``last`` of the weight [N, K] at ``w``. ``after`` is where the
-    next ones are read."""
+    """Rows ``low`` to ``high`` times outputs ``first`` to ``last`` of the weight [N, K] at ``w``. ``after`` is where
+    the next ones are read."""
     row_bytes, block = K * 4, max(1, _BLOCK // (K * ROWS)) * ROWS
     for begin in range(low, high, block):
         end = min(begin + block, high)
