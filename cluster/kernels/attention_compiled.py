@@ -23,6 +23,9 @@ from cluster.kernels.registers import (
     power_of_two,
 )
 
+_AHEAD = 32
+"""Tokens that are fetched ahead: a head's part of one is too short for the hardware's prefetcher. Of 8, 16 and 32 the
+best on two Zen 4 cores, where it takes 0.6 to 0.8 of what four tokens ahead take."""
 _WIDE = OUTPUTS * LANES
 _LOWEST = np.float32(-87.0)  # of what the exponential is still a normal number
 _LOG2_E, _HALF = np.float32(1.4426950408889634), np.float32(0.5)
@@ -85,7 +88,7 @@ def _heads(work: Any) -> None:
                         there + t * 4,
                         tokens * 4,
                         dim,
-                        key + (t + OUTPUTS) * k_token,
+                        key + (t + _AHEAD) * k_token,
                     )
                 for t in range(whole, n):
                     dots_of_one(
@@ -97,7 +100,7 @@ def _heads(work: Any) -> None:
                         there + t * 4,
                         tokens * 4,
                         dim,
-                        key + (t + 1) * k_token,
+                        key + (t + _AHEAD) * k_token,
                     )
             done += n
         for number in range(group):
@@ -113,9 +116,11 @@ def _heads(work: Any) -> None:
                 rows, whole = min(ROWS, group - low), v_dim // _WIDE * _WIDE
                 shares, there = scores + (low * tokens + done) * 4, y + low * y_head
                 for d in range(0, whole, _WIDE):
-                    mixes(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n, 0)
+                    mixes(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n, _AHEAD * v_token)
                 for d in range(whole, v_dim, LANES):
-                    mixes_of_one(rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n, 0)
+                    mixes_of_one(
+                        rows, shares, tokens * 4, value + d * 4, v_token, there + d * 4, y_head, n, _AHEAD * v_token
+                    )
             done += n
 
 

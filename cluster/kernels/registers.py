@@ -97,8 +97,7 @@ def _dots(builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> No
     weights = [_at(builder, w, w_stride, number) for number in range(outputs)]
     inputs = [_at(builder, x, x_stride, number) for number in range(rows)]
     coming = [_at(builder, ahead, w_stride, number) for number in range(outputs)]
-    fetch = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [_BYTE, _SMALL, _SMALL, _SMALL])
-    flags = [ir.Constant(_SMALL, flag) for flag in (_TO_READ, _NEAR_L2, _AS_DATA)]
+    fetch, flags = _fetching(builder)
     sums = _sums(builder, rows, outputs)
     with cgutils.for_range(builder, builder.udiv(n, _constant(LANES))) as loop:
         offset = builder.mul(loop.index, _constant(LANES * 4))
@@ -139,8 +138,14 @@ def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_SMALL, len(lanes)), lanes))
 
 
+def _fetching(builder: ir.IRBuilder) -> tuple[Any, list[ir.Constant]]:
+    fetch = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [_BYTE, _SMALL, _SMALL, _SMALL])
+    return fetch, [ir.Constant(_SMALL, flag) for flag in (_TO_READ, _NEAR_L2, _AS_DATA)]
+
+
 def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> None:
-    p, p_stride, v, v_stride, y, apart, n, _ahead = arguments
+    p, p_stride, v, v_stride, y, apart, n, ahead = arguments
+    fetch, flags = _fetching(builder)
     shares = [_at(builder, p, p_stride, number) for number in range(rows)]
     sums = _sums(builder, rows, width)
     results = [
@@ -153,6 +158,9 @@ def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> Non
     with cgutils.for_range(builder, n) as loop:
         start = builder.add(v, builder.mul(loop.index, v_stride))
         loaded = [_load(builder, builder.add(start, _constant(4 * LANES * column))) for column in range(width)]
+        for column in range(0, width, max(1, 16 // LANES)):
+            address = builder.add(builder.add(start, ahead), _constant(4 * LANES * column))
+            builder.call(fetch, [builder.inttoptr(address, _BYTE), *flags])
         offset = builder.mul(loop.index, _constant(4))
         for address, places in zip(shares, sums, strict=True):
             share = builder.load(builder.inttoptr(builder.add(address, offset), _FLOAT.as_pointer()))
@@ -200,5 +208,6 @@ weights (or one) at ``w``, n floats each, to ``y``: those of a row side by side.
 are fetched. Strides are bytes; n is a multiple of LANES."""
 
 mixes, mixes_of_one = _of_rows(_mixes, OUTPUTS), _of_rows(_mixes, 1)
-"""``(rows, p, p_stride, v, v_stride, y, y_stride, n, unused)``: adds to the next four vectors (or one) of each
-row at ``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Strides are bytes."""
+"""``(rows, p, p_stride, v, v_stride, y, y_stride, n, ahead)``: adds to the next four vectors (or one) of each row at
+``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Meanwhile what is ``ahead`` bytes behind each
+is fetched. Strides are bytes."""
