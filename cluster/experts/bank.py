@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cluster.core import GroupId
-from cluster.errors import ConfigError, InvalidArgument, MissingExperts
+from cluster.errors import ConfigError, InternalError, InvalidArgument, MissingExperts
 from cluster.experts.compute import Compute, stored_dtype
 from cluster.experts.crew import Crew
 from cluster.experts.formats import (
@@ -234,7 +234,9 @@ class ExpertBank:
                 slot_P = slot_E[experts_P[pairs]]
                 for piece in _pieces(slot_P, MAX_PIECE_BYTES // hidden_TH[0].nbytes):
                     if at_once is not None:
-                        at_once.run(hidden_TH, rows.pairs_3P[:, pairs][:, piece], slot_E, self._scratch, partial_TH)
+                        named = rows.pairs_3P[:, pairs][:, piece]
+                        if at_once.run(hidden_TH, named, slot_E, self._scratch, partial_TH) is None:
+                            raise InternalError(f"layer {layer}: the store lost an expert that a call has pinned")
                         continue
                     self._add(bank, partial_TH, hidden_TH, rows_P[pairs][piece], weight_P[pairs][piece], slot_P[piece])
                 settle(self.device)  # before others may have the slots

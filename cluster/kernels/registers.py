@@ -209,5 +209,5 @@ are fetched. Strides are bytes; n is a multiple of LANES."""
 
 mixes, mixes_of_one = _of_rows(_mixes, OUTPUTS), _of_rows(_mixes, 1)
 """``(rows, p, p_stride, v, v_stride, y, y_stride, n, ahead)``: adds to the next four vectors (or one) of each row at
-``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Meanwhile what is ``ahead`` bytes behind each
-is fetched. Strides are bytes."""
+``y`` the sum of n such at ``v``, each times the row's own factor at ``p``. Meanwhile what lies ``ahead`` bytes behind
+each is fetched. Strides are bytes."""

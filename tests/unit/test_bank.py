@@ -68,18 +68,20 @@ def test_experts_compute_what_transformers_own_experts_do(arch: str, way: str, t
     ours.close()
 
 
-def test_a_group_never_computes_an_expert_that_it_does_not_hold(tiny: MakeTiny) -> None:
-    ours = bank(tiny("mixtral"), [[0, 2], [1], [0]])
+@pytest.mark.parametrize("way", ["plain", "tiled"])
+def test_a_group_never_computes_an_expert_that_it_does_not_hold(way: str, tiny: MakeTiny) -> None:
+    ours = bank(tiny("mixtral"), [[0, 2], [1], [0]], **WAYS[way])
     rows = pairs(torch.tensor([[0, 2], [2, 3], [5, 0]]), torch.rand(3, 2), torch.randn(3, 64))
     with pytest.raises(MissingExperts, match=r"group 7 does not hold experts \[3, 5\] of MoE layer 0"):
         ours.compute(0, rows)
 
 
+@pytest.mark.parametrize("way", ["plain", "tiled"])
 @pytest.mark.parametrize(
     ("field", "value"), [("pair_row_P", 3), ("pair_row_P", -1), ("pair_expert_P", 8), ("pair_expert_P", -1)]
 )
-def test_indices_are_checked_before_use(field: str, value: int, tiny: MakeTiny) -> None:
-    ours = bank(tiny("mixtral"))
+def test_indices_are_checked_before_use(field: str, value: int, way: str, tiny: MakeTiny) -> None:
+    ours = bank(tiny("mixtral"), **WAYS[way])
     rows = pairs(torch.tensor([[0, 2], [2, 3], [5, 0]]), torch.rand(3, 2), torch.randn(3, 64))
     getattr(rows, field)[1] = value
     with pytest.raises(InvalidArgument):

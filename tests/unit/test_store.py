@@ -16,6 +16,7 @@ from cluster.core import ExpertId, Order
 from cluster.errors import ConfigError, InternalError, MissingExperts
 from cluster.experts.bank import ExpertBank
 from cluster.experts.compute import Compute
+from cluster.kernels.linear import ROWS, KernelTable
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore
 from cluster.transport.base import LayerRows
@@ -232,6 +233,10 @@ def test_a_budget_for_less_than_two_experts_is_refused_with_numbers() -> None:
         store_of(Disk(), 1)
 
 
+TILES = KernelTable(dict.fromkeys(ROWS, (1.0, 0.5)))
+
+
+@pytest.mark.parametrize("table", [None, TILES], ids=["torch", "tiles"])
 @pytest.mark.parametrize(
     ("arch", "from_host", "direct"),
     [
@@ -244,7 +249,12 @@ def test_a_budget_for_less_than_two_experts_is_refused_with_numbers() -> None:
     ],
 )
 def test_a_bank_in_a_store_computes_what_a_resident_one_does(
-    arch: str, from_host: bool, direct: bool, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+    arch: str,
+    from_host: bool,
+    direct: bool,
+    table: KernelTable | None,
+    tiny: MakeTiny,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = Checkpoint(tiny(arch))
     weights = WeightMap(checkpoint, build_skeleton(checkpoint, torch.float32))
@@ -253,7 +263,7 @@ def test_a_bank_in_a_store_computes_what_a_resident_one_does(
     size = weights.expert_bytes(layers[0], torch.float32)
     device = torch.device("cpu")
     resident = ExpertBank.load(0, weights, held, Compute(torch.float32, device))
-    how = Compute(torch.float32, device, memory_bytes=3 * size, from_host=from_host, direct=direct)
+    how = Compute(torch.float32, device, table=table, memory_bytes=3 * size, from_host=from_host, direct=direct)
     stored = ExpertBank.load(0, weights, held, how)
     assert stored.store is not None
     assert stored.num_bytes <= 3 * size
