@@ -16,9 +16,9 @@ from cluster.core import ExpertId, Order
 from cluster.errors import ConfigError, InternalError, MissingExperts
 from cluster.experts.bank import ExpertBank
 from cluster.experts.compute import Compute
-from cluster.kernels.linear import ROWS, KernelTable
 from cluster.experts.loads import LoadNotes
 from cluster.experts.store import ExpertStore
+from cluster.kernels.linear import ROWS, KernelTable
 from cluster.transport.base import LayerRows
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.mapping import WeightMap
