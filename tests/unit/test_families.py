@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cluster.kernels import tiles_compiled
+from cluster.kernels.compiling import digest
 from cluster.kernels.linear import ROWS, Family, FastLinear, FastNorm, KernelTable
 from cluster.kernels.tiles import TiledWeights, can_tile
 
@@ -123,3 +126,13 @@ def test_a_norm_keeps_what_is_not_finite_in_its_row() -> None:
 def test_a_norm_refuses_rows_of_another_length() -> None:
     with pytest.raises(ValueError, match="64"):
         FastNorm(torch.randn(64), 1e-6)(torch.randn(2, 32))
+
+
+def test_what_was_compiled_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    """numba looks at the file of a function alone, which may hold constants of others."""
+    for name, text in (("a.py", "A = 1"), ("b.py", "B = 2")):
+        (tmp_path / name).write_text(text)
+    before = digest(tmp_path)
+    (tmp_path / "b.py").write_text("B = 3")
+    assert digest(tmp_path) != before
+    assert digest(Path(tiles_compiled.__file__).parent) in str(tiles_compiled.run._cache.cache_path)
