@@ -172,15 +172,18 @@ def _load(store: Path | None) -> list[TraceView]:
 
 
 def _find(trace_id: str, store: Path | None) -> TraceView:
+    """The trace, once it is there. Client and server write their spans themselves, the client often first: where only
+    its span is known, the server's are waited for too."""
     wanted = trace_id.lower()
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         found = [trace for trace in _load(store) if trace.trace_id.startswith(wanted)]
-        if len(found) == 1:
-            return found[0]
         if len(found) > 1:
             raise InvalidArgument("TRACE_ID", trace_id, f"{len(found)} traces begin like that: give more digits")
-        if time.monotonic() > deadline_s:
+        late = time.monotonic() > deadline_s
+        if found and (late or found[0].client is None or found[0].request is not None):
+            return found[0]
+        if late:
             raise InvalidArgument("TRACE_ID", trace_id, f"no such trace in {_directory(store)}; see `trace list`")
         time.sleep(0.2)
 
