@@ -7,6 +7,7 @@ that those calls need. The gate is applied to each piece of the first product wh
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ _PER_PIECE = 32 * 1024
 _KEPT_BYTES = 128 * 1024**2
 
 
-class Scratch:
-    """Memory between the steps, kept from call to call up to `_KEPT_BYTES`. Used by one thread at a time."""
+class Scratch(threading.local):
+    """Memory between the steps, kept from call to call up to `_KEPT_BYTES`; each thread has its own, since a group in
+    its router's process is probed by another thread than the one that computes."""
 
     def __init__(self) -> None:
         self._kept = torch.empty(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,3 +134,23 @@ def test_weights_that_tiles_cannot_take_are_left_to_others() -> None:
     assert GatedExperts.of(module(), torch.randn(2, 24, 64), torch.randn(2, 64, 12)) is None
     assert GatedExperts.of(module(), torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16()) is None
     assert GatedExperts.of(module(), torch.empty(0, 64, 64), torch.empty(0, 64, 32)) is None
+
+
+def test_threads_beside_each_other_have_memory_of_their_own() -> None:
+    """A group in its router's process is probed by another thread than the one that computes."""
+    wrong = []
+
+    def work() -> None:
+        case = Case(3, 256, 128, 9, 60)
+        expected = case.expected()
+        for _ in range(200):
+            got = case.run(SCRATCH)
+            if got is None or not torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
