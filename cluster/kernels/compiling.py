@@ -31,9 +31,11 @@ def _place(wanted: str) -> Path | None:
     """A directory for what is made of exactly these sources; None where none can be written. numba looks at the file of
     a function alone, but what is compiled holds constants and functions of others."""
     here = Path(__file__).parent
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "expertmesh"
     for parent in (Path(wanted),) if wanted else (here / "__pycache__", user):
         place = parent / f"kernels-{digest(here)}"
+        if str(parent).startswith("~"):  # whoever runs this has no home
+            continue
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):

@@ -88,7 +88,17 @@ class GatedExperts:
     ) -> torch.Tensor | None:
         """Per row of ``hidden_TH`` (fp32) the sum over its pairs of gate weight times what the expert makes of the row,
         fp32 [T, H]; added to ``total_TH`` where that is given. Pairs are those of a `LayerRows`, ``slot_of_E`` (int64)
-        the slot of each logical expert. None, and nothing done, where a pair names what does not exist."""
+        the slot of each logical expert. None, and nothing done, where a pair names what does not exist.
+
+        Raises:
+            ValueError: rows are not as long as they must be, or not fp32 on the CPU.
+        """
+        shape = (len(hidden_TH), self._hidden)
+        for rows in (hidden_TH,) if total_TH is None else (hidden_TH, total_TH):
+            if rows.shape != shape or rows.dtype is not torch.float32 or not rows.is_cpu:
+                raise ValueError(f"rows: got {tuple(rows.shape)} of {rows.dtype}; must be {shape} of float32")
+        if total_TH is not None and not total_TH.is_contiguous():
+            raise ValueError("total: must be contiguous")
         num_tokens, num_pairs = hidden_TH.shape[0], pairs_3P.shape[1]
         hidden_TH, pairs_3P = hidden_TH.contiguous(), np.ascontiguousarray(pairs_3P, np.int32)
         H, inner, slots = self._hidden, self._inner, self._num_slots
@@ -135,9 +145,9 @@ class GatedExperts:
         num, weights_at = int(plan[NUM]), named_at + 8 * num_pairs
         pieces = -(-inner // PIECE)
         self._gated((x_at, self._up_at, gates_at, H, inner, num, pieces, x_row, ups_at, plan_at))
-        shape = (inner, H, num, -(-H // PIECE), 4 * inner)
+        sizes = (inner, H, num, -(-H // PIECE), 4 * inner)
         named = plan[SORTED + HEADER : SORTED + HEADER + 2 * num + 1].tolist()
-        self._product((gates_at, self._down_at, outputs_at, *shape, *named))
+        self._product((gates_at, self._down_at, outputs_at, *sizes, *named))
         adds = total_TH is not None
         if total_TH is None:
             total_TH = torch.empty((num_tokens, H))

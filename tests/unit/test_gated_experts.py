@@ -154,3 +154,15 @@ def test_threads_beside_each_other_have_memory_of_their_own() -> None:
     for thread in threads:
         thread.join(60)
     assert not wrong
+
+
+@pytest.mark.parametrize("length", [16, 48])
+def test_rows_of_another_length_are_refused_before_anything_is_read(length: int) -> None:
+    case = Case(3, 32, 16, 4, 9)
+    case.hidden_TH = torch.randn(4, length)
+    for total in (None, torch.zeros(4, length), torch.zeros(4, 32)):
+        with pytest.raises(ValueError, match="rows: got"):
+            case.run(SCRATCH, total)
+    case.hidden_TH = torch.randn(4, 32)
+    with pytest.raises(ValueError, match="rows: got"):
+        case.run(SCRATCH, torch.zeros(4, length))
