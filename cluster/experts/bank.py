@@ -1,8 +1,8 @@
 """The experts that a group holds, by MoE layer, and what a layer call computes with them.
 
 Only routed experts are here; gates and shared experts belong to the trunk. The activation and the gating of each
-architecture are transformers' own (``act_fn``, ``_apply_gate`` of its experts module); how weights lie in memory is
-`cluster.experts.formats`.
+architecture are transformers' own (``act_fn``, ``_apply_gate`` of its experts module), or compiled where that was found
+to be the same (`cluster.kernels.experts`); how weights lie in memory is `cluster.experts.formats`.
 """
 
 from __future__ import annotations

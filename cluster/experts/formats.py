@@ -72,8 +72,9 @@ class DenseExperts:
     """Weights as in the checkpoint, in the served dtype.
 
     ``tensors`` are the parameters of transformers' experts module for these experts, first dimension S. On CPUs experts
-    with so few rows as ``table`` says go through tiles (`cluster.kernels.tiles`), all at once and with all threads;
-    everything else through torch's grouped products.
+    with so few rows as ``table`` says go through tiles (`cluster.kernels.tiles`), all at once and with all threads,
+    those with SiLU gates without coming back to Python for each product (`at_once`); everything else through torch's
+    grouped products.
     """
 
     def __init__(self, module: Any, tensors: dict[str, torch.Tensor], table: KernelTable | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,32 +9,25 @@ from numba import njit
 
 from cluster.kernels.compiling import compiled
 from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, STATUS
-from cluster.kernels.registers import floats, longs, next_piece, power_of_two, words
+from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
+from cluster.kernels.registers import floats, longs, next_piece, words
 from cluster.kernels.tiles import HEADER, PIECE
 from cluster.kernels.tiles_compiled import multiply
 
-_HIGHEST = np.float32(87.0)  # the exponential of it, and of its negative, is a normal number
-_LOG2_E, _HALF, _ZERO, _ONE = np.float32(1.4426950408889634), np.float32(0.5), np.float32(0.0), np.float32(1.0)
-# Of 2 to the power of -0.5 to 0.5, by its Taylor series: the next term is 5e-9.
-_C1, _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _BLOCK_ROWS = 96
 """Rows whose gates are still in a cache when they are applied."""
-_REORDERS = {"reassoc", "contract", "nsz"}
-"""Sums may be regrouped; infinities and NaN keep their meaning."""
 
 
-@njit(fastmath=_REORDERS)  # type: ignore[untyped-decorator]
+@njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
 def _gate(gates: Any, ups: Any, n: int) -> None:
     """SiLU of n gates times what they let through, in place of the gates."""
     for i in range(n):
         gate = gates[i]
         x = -gate
-        x = _HIGHEST if x > _HIGHEST else x
-        x = -_HIGHEST if x < -_HIGHEST else x
-        whole = np.floor(x * _LOG2_E + _HALF)
-        f = x * _LOG2_E - whole
-        power = _ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * (_C6 + f * _C7))))))
-        gates[i] = gate / (_ONE + power * power_of_two(np.int32(whole))) * ups[i]
+        x = HIGHEST if x > HIGHEST else x
+        x = -HIGHEST if x < -HIGHEST else x
+        gates[i] = gate / (_ONE + exponential(x)) * ups[i]
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -44,7 +36,7 @@ def _copy(to: Any, source: Any, n: int) -> None:
         to[i] = source[i]
 
 
-@njit(fastmath=_REORDERS)  # type: ignore[untyped-decorator]
+@njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
 def _add_times(total: Any, rows: Any, weight: Any, n: int) -> None:
     for i in range(n):
         total[i] += weight * rows[i]

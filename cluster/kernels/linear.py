@@ -198,8 +198,8 @@ class FastNorm:
         result = torch.empty_like(hidden)
         numbers, rows = hidden.numel(), hidden.numel() // size
         small = numbers <= _FEW
-        many = rows if small else max(1, _FEW // size)
+        many = max(1, rows if small else _FEW // size)
         weight_at, epsilon_at = self._at
         run = self._run[0 if small else 1]
-        run((hidden.data_ptr(), weight_at, result.data_ptr(), size, rows, max(1, many), epsilon_at))
+        run((hidden.data_ptr(), weight_at, result.data_ptr(), size, rows, many, epsilon_at))
         return result

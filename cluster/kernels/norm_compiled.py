@@ -8,12 +8,13 @@ import numpy as np
 from numba import njit
 
 from cluster.kernels.compiling import compiled
+from cluster.kernels.exponential import REORDERS
 from cluster.kernels.registers import floats, next_piece
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
 def _norm(x: Any, weights: Any, y: Any, n: int, epsilon: Any) -> None:
     total = _ZERO
     for i in range(n):

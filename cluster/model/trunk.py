@@ -201,7 +201,8 @@ class Trunk:
 
 
 def speed_up(model: Any, table: KernelTable) -> None:
-    """Gives every linear layer on the CPU the kernels of ``table``, and every RMSNorm torch's own."""
+    """Gives every linear layer on the CPU the kernels of ``table``, those of one module that may get the same rows a
+    `Family`, and every RMSNorm what `FastNorm` has for it."""
     speed_up_norms(model)
     for parent in model.modules():
         by_inputs: dict[int, list[FastLinear]] = {}
@@ -218,7 +219,7 @@ def speed_up(model: Any, table: KernelTable) -> None:
 
 
 def speed_up_norms(model: Any) -> None:
-    """Gives every RMSNorm torch's own, which is one kernel instead of six."""
+    """Gives every RMSNorm one kernel instead of six: see `FastNorm`."""
     for module in model.modules():
         norm = FastNorm.of(module)
         if norm is not None:
