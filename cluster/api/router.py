@@ -23,6 +23,7 @@ from cluster.engine.text import load_tokenizer
 from cluster.engine.warm import warm_up
 from cluster.errors import CheckpointError
 from cluster.experts.group import visible_devices
+from cluster.kernels.team import release_team
 from cluster.model.kv import KvStore
 from cluster.model.packed import Chunk
 from cluster.model.trunk import Prewarm, Trunk
@@ -154,6 +155,7 @@ class Router:
         )
         if binding is not None:
             binding.check()
+        release_team()  # from now on the engine's thread computes
         if self.telemetry is not None:
             self.telemetry.gauges(router_gauges(self.fabric, self.engine, binding))
             self.telemetry.phases(started)

@@ -21,17 +21,10 @@ from cluster.core import GroupId
 from cluster.errors import ConfigError, InternalError, InvalidArgument, MissingExperts
 from cluster.experts.compute import Compute, stored_dtype
 from cluster.experts.crew import Crew
-from cluster.experts.formats import (
-    CALL_ROWS,
-    Breathe,
-    DenseExperts,
-    LayerExperts,
-    QuantisedExperts,
-    Source,
-    fits_half,
-    no_pause,
-)
+from cluster.experts.dense import DenseExperts
+from cluster.experts.formats import CALL_ROWS, Breathe, LayerExperts, Source, no_pause
 from cluster.experts.loads import LoadNotes
+from cluster.experts.reduced import reduced_experts
 from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
 from cluster.kernels.experts import Scratch
@@ -180,8 +173,6 @@ class ExpertBank:
             self._reader.fill(moe_layer, expert, Target({key: tensor[number] for key, tensor in fresh.items()}))
             breathe()
         fresh = {key: tensor.to(self.device) for key, tensor in fresh.items()}
-        if self.how.expert_dtype == "bf16" and not self.how.exact and not fits_half(fresh):
-            raise ConfigError("expert_dtype: got 'bf16'; some weights exceed 65504, which its CPU kernel cannot hold")
         place = {expert: number for number, expert in enumerate(added)}
         sources = [
             Source(False, place[expert]) if expert in place else Source(True, int(old.slot_of_E[expert]))
@@ -392,6 +383,4 @@ def _load_layer(reader: ExpertReader, layer: MoeLayer, experts: list[int], how: 
             f"expert_dtype: got {kind!r} with dtype {DTYPE_NAMES[how.dtype]} on {how.device.type}; other dtypes than "
             "the served one are for CPUs that serve fp32"
         )
-    if kind == "bf16" and not fits_half(tensors):
-        raise ConfigError("expert_dtype: got 'bf16'; some weights exceed 65504, which its CPU kernel cannot hold")
-    return _LayerBank(slot_of_E, QuantisedExperts(layer.module, tensors, kind), max(1, len(experts)))
+    return _LayerBank(slot_of_E, reduced_experts(layer.module, tensors, kind), max(1, len(experts)))

@@ -23,6 +23,7 @@ from cluster.experts.loads import LoadNotes
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
 from cluster.kernels.linear import SMALL_BYTES, KernelTable
+from cluster.kernels.team import release_team
 from cluster.placement.binding import Binding, Where, numa_attributes
 from cluster.placement.planner import Holdings
 from cluster.telemetry.hub import telemetry_of
@@ -125,6 +126,7 @@ class ExpertGroup:
             max_workers=1, thread_name_prefix="hold", initializer=torch.set_num_threads, initargs=(1,)
         )
         self._holder.submit(int).result()
+        release_team()  # from now on the host's thread computes
         self._dropper: LinkDropper | None = None
         if config.faults.group == group and config.faults.drop_links_s > 0 and listen:
             self._dropper = LinkDropper(self.drop_links, config.faults.drop_links_s)

@@ -8,14 +8,14 @@ that those calls need. The gate is applied to each piece of the first product wh
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from cluster.kernels.team import Team, alone, team
-from cluster.kernels.tiles import HEADER, INPUTS, PIECE, can_tile
+from cluster.kernels.tiles import DTYPES, HEADER, INPUTS, PIECE, can_tile, fits_scales
 
 STATUS, NUM, SORTED = 0, 1, 2
 """Where a plan has its outcome, the number of slots that have rows, and the work of a product: its header, these slots,
@@ -46,13 +46,33 @@ class Scratch(threading.local):
         return found
 
 
-class GatedExperts:
-    """Experts whose first weights [S, 2 I, H] make gates and what they let through, and whose second are [S, H, I];
-    fp32, on the CPU, without biases."""
+class Weights(NamedTuple):
+    """What one of the two products of a layer's experts takes: [S, N, K], and a scale for each output, if any."""
 
-    def __init__(self, up_SGH: torch.Tensor, down_SHI: torch.Tensor) -> None:
-        self._tensors = up_SGH, down_SHI  # they stay where they are
+    weight_SNK: torch.Tensor
+    scale_SN: torch.Tensor | None = None
+
+    @property
+    def can_tile(self) -> bool:
+        """See `cluster.kernels.tiles.can_tile`."""
+        fits = self.scale_SN is None or fits_scales(self.weight_SNK, self.scale_SN)
+        return fits and can_tile(self.weight_SNK, self.weight_SNK.dtype) and self.weight_SNK.dtype in DTYPES
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Bytes of a number, and where the scales are."""
+        return self.weight_SNK.itemsize, 0 if self.scale_SN is None else self.scale_SN.data_ptr()
+
+
+class GatedExperts:
+    """Experts whose first weights [S, 2 I, H] make gates and what they let through, and whose second are [S, H, I]; on
+    the CPU, without biases."""
+
+    def __init__(self, up: Weights, down: Weights) -> None:
+        self._weights = up, down  # they stay where they are
+        up_SGH, down_SHI = up.weight_SNK, down.weight_SNK
         self._up_at, self._down_at = up_SGH.data_ptr(), down_SHI.data_ptr()
+        self._up_kind, self._down_kind = up.kind, down.kind
         self._num_slots, self._hidden, self._inner = down_SHI.shape
         found = team(_COMPILED, "gather"), team(_COMPILED, "gated"), team("tiles_compiled"), team(_COMPILED, "combine")
         steps = [step for step in found if step is not None]
@@ -62,13 +82,13 @@ class GatedExperts:
         self._sort, self._combine_few = alone(_COMPILED, "sort"), alone(_COMPILED, "combine")
 
     @classmethod
-    def of(cls, module: Any, up_SGH: torch.Tensor, down_SHI: torch.Tensor) -> GatedExperts | None:
+    def of(cls, module: Any, up: Weights, down: Weights) -> GatedExperts | None:
         """For weights that tiles can take and an experts module that computes as described, by what its gate makes of
         random rows; None for any other."""
-        if not (len(up_SGH) and module.has_gate and not module.is_transposed):
+        if not (len(up.weight_SNK) and module.has_gate):
             return None
-        inner = down_SHI.shape[2]
-        fits = up_SGH.shape[1] == 2 * inner and can_tile(up_SGH) and can_tile(down_SHI)
+        inner = down.weight_SNK.shape[2]
+        fits = up.weight_SNK.shape[1] == 2 * inner and up.can_tile and down.can_tile
         if not fits or team(_COMPILED, "gated") is None:
             return None
         with torch.inference_mode():
@@ -76,7 +96,7 @@ class GatedExperts:
             probe[0] *= 1000  # some are cut off where they are large
             gate, through = probe.chunk(2, dim=-1)
             same = torch.allclose(module._apply_gate(probe), F.silu(gate) * through, rtol=1e-5, atol=1e-6)
-        return cls(up_SGH, down_SHI) if same else None
+        return cls(up, down) if same else None
 
     def run(
         self,
@@ -144,10 +164,10 @@ class GatedExperts:
             self._gather((rows_at, num_pairs, hidden_at, x_at, x_row, H, max(1, _PER_PIECE // H)))
         num, weights_at = int(plan[NUM]), named_at + 8 * num_pairs
         pieces = -(-inner // PIECE)
-        self._gated((x_at, self._up_at, gates_at, H, inner, num, pieces, x_row, ups_at, plan_at))
+        self._gated((x_at, self._up_at, gates_at, H, inner, num, pieces, x_row, ups_at, plan_at, *self._up_kind))
         sizes = (inner, H, num, -(-H // PIECE), 4 * inner)
         named = plan[SORTED + HEADER : SORTED + HEADER + 2 * num + 1].tolist()
-        self._product((gates_at, self._down_at, outputs_at, *sizes, *named))
+        self._product((gates_at, self._down_at, outputs_at, *sizes, *self._down_kind, *named))
         adds = total_TH is not None
         if total_TH is None:
             total_TH = torch.empty((num_tokens, H))

@@ -113,21 +113,26 @@ def _gather(work: Any) -> None:
 def _gated(work: Any) -> None:
     x_at, w_at, h_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
     x_row, u_at, plan, total = work[8], work[9], longs(work[10]), work[6] * work[7]
+    size, scales_at = work[11], work[12]
     piece = next_piece(work[0])
     while piece < total:
         coming = next_piece(work[0])
         number, first = piece // pieces, piece % pieces * PIECE
         last = min(first + PIECE, N)
-        gates = w_at + plan[SORTED + HEADER + number] * 2 * N * K * 4
-        ups, after = gates + N * K * 4, gates
+        slot = plan[SORTED + HEADER + number]
+        gates = w_at + slot * 2 * N * K * size
+        ups, after = gates + N * K * size, gates
+        gate_scales = scales_at + slot * 2 * N * 4 if scales_at else 0
+        up_scales = gate_scales + N * 4 if scales_at else 0
         if coming < total:
             slot = plan[SORTED + HEADER + coming // pieces]
-            after = w_at + (slot * 2 * N + coming % pieces * PIECE) * K * 4
+            after = w_at + (slot * 2 * N + coming % pieces * PIECE) * K * size
         start, end = plan[SORTED + HEADER + num + number], plan[SORTED + HEADER + num + number + 1]
         for low in range(start, end, _BLOCK_ROWS):
             high = min(low + _BLOCK_ROWS, end)
-            multiply(x_at, x_row, low, high, gates, first, last, h_at, N, K, ups + first * K * 4)
-            multiply(x_at, x_row, low, high, ups, first, last, u_at, N, K, after)
+            then = ups + first * K * size
+            multiply(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, then)
+            multiply(x_at, x_row, low, high, ups, size, up_scales, first, last, u_at, N, K, after)
             for row in range(low, high):
                 _gate(floats(h_at + (row * N + first) * 4), floats(u_at + (row * N + first) * 4), last - first)
         piece = coming

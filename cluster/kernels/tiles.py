@@ -22,8 +22,10 @@ OUTPUTS, INPUTS = 4, 16
 """Outputs and inputs of a weight must be multiples of these."""
 PIECE = 32
 """Outputs of one expert that a thread takes at a time: 128 KiB of weights with 1024 inputs."""
-HEADER = 9
+HEADER = 11
 """Numbers before the slots in what describes a call's work, the counter's address among them."""
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+"""Of weights; rows and results are fp32."""
 _COMPILED = "tiles_compiled"
 _PAGE, _CLASHING = 4096, 4
 """Rows a multiple of so many bytes apart share the few places that a first-level cache has for their address: more of
@@ -31,34 +33,48 @@ them than this are copied to other distances first. Two Zen 4 cores, 1024 x 1024
 167 at 16, 177 -> 199 at 64, 180 -> 203 at 1024."""
 
 
-def can_tile(weight: torch.Tensor) -> bool:
-    """`tiled_product` takes this weight ([S, N, K] or one of them), and this machine can run it."""
-    fits = weight.is_cpu and weight.dtype is torch.float32 and weight.is_contiguous()
+def can_tile(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """`tiled_product` takes this weight ([S, N, K] or one of them) when it has this dtype (float32, bfloat16 or int8),
+    and this machine can run it."""
+    fits = weight.is_cpu and weight.dtype is dtype and weight.is_contiguous()
     outputs, inputs = weight.shape[-2:]
     return fits and outputs % OUTPUTS == 0 and inputs % INPUTS == 0 and team(_COMPILED) is not None
 
 
 def tiled_product(
-    x_PK: torch.Tensor, weight_SNK: torch.Tensor, slots: Sequence[int], counts: Sequence[int]
+    x_PK: torch.Tensor,
+    weight_SNK: torch.Tensor,
+    slots: Sequence[int],
+    counts: Sequence[int],
+    scale_SN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[P, N], fp32: the first ``counts[0]`` rows times the transpose of weight ``slots[0]``, and so on, with as many
-    threads as the calling one has. ``weight_SNK`` is one that `can_tile` has accepted.
+    threads as the calling one has. ``weight_SNK`` is one that `can_tile` has accepted; each output is multiplied by its
+    ``scale_SN`` (fp32).
 
     Raises:
-        ValueError: a slot does not exist, or the rows are not as many or as long as they must be.
+        ValueError: a slot does not exist, or rows or scales are not as many or as long as they must be.
     """
     num_slots, outputs, inputs = weight_SNK.shape
+    if scale_SN is not None and not fits_scales(weight_SNK, scale_SN):
+        raise ValueError(f"scales: got {tuple(scale_SN.shape)} of {scale_SN.dtype}; must be [{num_slots}, {outputs}]")
     ends = list(itertools.accumulate(counts))
     rows = ends[-1] if ends else 0
     if x_PK.shape != (rows, inputs) or x_PK.dtype is not torch.float32:
         raise ValueError(f"rows: got {tuple(x_PK.shape)} of {x_PK.dtype}; must be [{rows}, {inputs}] of float32")
     if rows and not (0 <= min(slots) <= max(slots) < num_slots and min(counts) >= 0):
         raise ValueError(f"slots: got {list(slots)} with {list(counts)} rows; must be below {num_slots}")
-    return _run(x_PK, weight_SNK.data_ptr(), outputs, inputs, slots, ends)
+    kind = weight_SNK.itemsize, 0 if scale_SN is None else scale_SN.data_ptr()
+    return _run(x_PK, weight_SNK.data_ptr(), outputs, inputs, slots, ends, kind)
+
+
+def fits_scales(weight_SNK: torch.Tensor, scale_SN: torch.Tensor) -> bool:
+    """One fp32 number for each output of each weight."""
+    return scale_SN.shape == weight_SNK.shape[:2] and scale_SN.dtype is torch.float32 and scale_SN.is_contiguous()
 
 
 class TiledWeight:
-    """One weight [N, K] that `can_tile` has accepted."""
+    """One weight [N, K], fp32, that `can_tile` has accepted."""
 
     def __init__(self, weight_NK: torch.Tensor) -> None:
         self._weight = weight_NK  # it stays where it is
@@ -108,13 +124,20 @@ def _apart(x_PK: torch.Tensor) -> torch.Tensor:
 
 
 def _run(
-    x_PK: torch.Tensor, weights_at: int, outputs: int, inputs: int, slots: Sequence[int], ends: Sequence[int]
+    x_PK: torch.Tensor,
+    weights_at: int,
+    outputs: int,
+    inputs: int,
+    slots: Sequence[int],
+    ends: Sequence[int],
+    kind: tuple[int, int] = (4, 0),
 ) -> torch.Tensor:
+    """``kind``: the bytes of a weight's number, and where scales are."""
     run = team(_COMPILED)
     assert run is not None
     x_PK = _apart(x_PK)
     result = torch.empty((x_PK.shape[0], outputs), dtype=torch.float32)
     pieces = -(-outputs // PIECE)
     header = (x_PK.data_ptr(), weights_at, result.data_ptr(), inputs, outputs, len(slots), pieces, 4 * x_PK.stride(0))
-    run((*header, *slots, 0, *ends))
+    run((*header, *kind, *slots, 0, *ends))
     return result

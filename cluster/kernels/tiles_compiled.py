@@ -11,43 +11,71 @@ from typing import Any
 from numba import njit
 
 from cluster.kernels.compiling import compiled
-from cluster.kernels.registers import OUTPUTS, ROWS, dots, next_piece
+from cluster.kernels.registers import OUTPUTS, ROWS, dots, dots_of_bytes, dots_of_halves, floats, next_piece
 from cluster.kernels.tiles import HEADER, PIECE
 
 _BLOCK = 96 * 1024
 """Floats of rows that stay in the second-level cache beside a piece of weights."""
 
 
+@njit  # type: ignore[untyped-decorator]
+def _scale(numbers: Any, factors: Any, n: int) -> None:
+    for i in range(n):
+        numbers[i] *= factors[i]
+
+
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def multiply(
-    x: int, x_row: int, low: int, high: int, w: int, first: int, last: int, y: int, N: int, K: int, after: int
+    x: int,
+    x_row: int,
+    low: int,
+    high: int,
+    w: int,
+    size: int,
+    scales: int,
+    first: int,
+    last: int,
+    y: int,
+    N: int,
+    K: int,
+    after: int,
 ) -> None:
-    """Rows ``low`` to ``high`` times outputs ``first`` to ``last`` of the weight [N, K] at ``w``. ``after`` is where
-    the next ones are read."""
-    row_bytes, block = K * 4, max(1, _BLOCK // (K * ROWS)) * ROWS
+    """Rows ``low`` to ``high`` times outputs ``first`` to ``last`` of the weight [N, K] at ``w``, ``size`` bytes each
+    number of it, and times the output's own number at ``scales``, if that is not 0. ``after`` is where the next ones
+    are read."""
+    row_bytes, block = K * size, max(1, _BLOCK // (K * ROWS)) * ROWS
     for begin in range(low, high, block):
         end = min(begin + block, high)
         for n in range(first, last, OUTPUTS):
             here = w + n * row_bytes
             ahead = here + OUTPUTS * row_bytes if n + OUTPUTS < last else after
             for row in range(begin, end, ROWS):
-                to = y + (row * N + n) * 4
-                dots(min(ROWS, end - row), here, row_bytes, x + row * x_row, x_row, to, N * 4, K, ahead)
+                rows, start, to = min(ROWS, end - row), x + row * x_row, y + (row * N + n) * 4
+                if size == 4:
+                    dots(rows, here, row_bytes, start, x_row, to, N * 4, K, ahead)
+                elif size == 2:
+                    dots_of_halves(rows, here, row_bytes, start, x_row, to, N * 4, K, ahead)
+                else:
+                    dots_of_bytes(rows, here, row_bytes, start, x_row, to, N * 4, K, ahead)
+    if scales != 0:
+        for row in range(low, high):
+            _scale(floats(y + (row * N + first) * 4), floats(scales + first * 4), last - first)
 
 
 def _pieces(work: Any) -> None:
     x_at, w_at, y_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
-    x_row, total = work[8], num * pieces
+    x_row, size, scales_at, total = work[8], work[9], work[10], num * pieces
     piece = next_piece(work[0])
     while piece < total:
         coming = next_piece(work[0])
         number, first = piece // pieces, piece % pieces * PIECE
-        expert = w_at + work[HEADER + number] * N * K * 4
+        slot = work[HEADER + number]
+        expert, scales = w_at + slot * N * K * size, scales_at + slot * N * 4 if scales_at else 0
         after = expert
         if coming < total:
-            after = w_at + (work[HEADER + coming // pieces] * N + coming % pieces * PIECE) * K * 4
+            after = w_at + (work[HEADER + coming // pieces] * N + coming % pieces * PIECE) * K * size
         low, high = work[HEADER + num + number], work[HEADER + num + number + 1]
-        multiply(x_at, x_row, low, high, expert, first, min(first + PIECE, N), y_at, N, K, after)
+        multiply(x_at, x_row, low, high, expert, size, scales, first, min(first + PIECE, N), y_at, N, K, after)
         piece = coming
 
 
@@ -72,7 +100,7 @@ def _side_by_side(work: Any) -> None:
         if coming < total:
             at, number = _weight_of(work, coming)
             after = work[at] + number * PIECE * K * 4
-        multiply(x_at, x_row, 0, rows, weight, first, min(first + PIECE, N), y_at, N, K, after)
+        multiply(x_at, x_row, 0, rows, weight, 4, 0, first, min(first + PIECE, N), y_at, N, K, after)
         piece = coming
 
 

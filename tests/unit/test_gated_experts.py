@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kernels.experts import GatedExperts, Scratch
+from cluster.kernels.experts import GatedExperts, Scratch, Weights
 from cluster.kernels.team import team
-from cluster.kernels.tiles import INPUTS
+from cluster.kernels.tiles import DTYPES, INPUTS
 from cluster.transport.base import LayerRows
 
 pytestmark = pytest.mark.skipif(team("experts_compiled", "gated") is None, reason="nothing can be compiled here")
@@ -31,11 +31,23 @@ def module(**other: Any) -> Any:
     return SimpleNamespace(**{"has_gate": True, "is_transposed": False, "_apply_gate": silu, **other})
 
 
+def weights(dtype: torch.dtype, *shape: int) -> tuple[Weights, torch.Tensor]:
+    """Random ones, and what they stand for."""
+    if dtype is not torch.int8:
+        plain = (0.1 * torch.randn(shape)).to(dtype)
+        return Weights(plain), plain.float()
+    whole, scale = torch.randint(-128, 128, shape, dtype=torch.int8), 0.002 * torch.rand(shape[:2])
+    return Weights(whole, scale), whole.float() * scale[..., None]
+
+
 class Case:
     """Random experts in the slots of a layer with some more, and pairs that name them in any order."""
 
-    def __init__(self, slots: int, hidden: int, inner: int, tokens: int, pairs: int) -> None:
-        self.up, self.down = 0.1 * torch.randn(slots, 2 * inner, hidden), 0.1 * torch.randn(slots, hidden, inner)
+    def __init__(
+        self, slots: int, hidden: int, inner: int, tokens: int, pairs: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        up, self.up = weights(dtype, slots, 2 * inner, hidden)
+        down, self.down = weights(dtype, slots, hidden, inner)
         self.held = random.sample(range(slots + 2), slots)
         self.slot_of_E = np.full(slots + 2, -1, np.int64)
         self.slot_of_E[self.held] = np.arange(slots)
@@ -43,7 +55,7 @@ class Case:
         self.rows_P = [random.randrange(tokens) for _ in range(pairs)]
         self.experts_P = [random.choice(self.held) for _ in range(pairs)]
         self.weight_P = np.random.rand(pairs).astype(np.float32)
-        self.experts = GatedExperts.of(module(), self.up, self.down)
+        self.experts = GatedExperts.of(module(), up, down)
 
     @property
     def rows(self) -> LayerRows:
@@ -66,9 +78,16 @@ SCRATCH = Scratch()  # one for all, as a bank has: what a call leaves in it must
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 5), st.integers(1, 40), st.integers(1, 90))
-def test_any_pairs(slots: int, hidden: int, inner: int, tokens: int, pairs: int) -> None:
-    case = Case(slots, hidden * INPUTS, inner * INPUTS, tokens, pairs)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 8),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.integers(1, 90),
+    st.sampled_from(DTYPES),
+)
+def test_any_pairs(slots: int, hidden: int, inner: int, tokens: int, pairs: int, dtype: torch.dtype) -> None:
+    case = Case(slots, hidden * INPUTS, inner * INPUTS, tokens, pairs, dtype)
     got = case.run(SCRATCH)
     assert got is not None
     assert torch.allclose(got, case.expected(), rtol=1e-4, atol=1e-5)
@@ -118,22 +137,29 @@ def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
     "other",
     [
         {"has_gate": False},
-        {"is_transposed": True},
         {"_apply_gate": lambda hidden: F.gelu(hidden.chunk(2, dim=-1)[0]) * hidden.chunk(2, dim=-1)[1]},
         {"_apply_gate": lambda hidden: silu(hidden.clamp(max=7.0))},
         {"_apply_gate": lambda hidden: silu(torch.cat(hidden.chunk(2, dim=-1)[::-1], dim=-1))},
     ],
 )
 def test_other_experts_are_left_to_others(other: dict[str, Any]) -> None:
-    up, down = torch.randn(2, 64, 64), torch.randn(2, 64, 32)
+    up, down = Weights(torch.randn(2, 64, 64)), Weights(torch.randn(2, 64, 32))
     assert GatedExperts.of(module(), up, down) is not None
     assert GatedExperts.of(module(**other), up, down) is None
 
 
 def test_weights_that_tiles_cannot_take_are_left_to_others() -> None:
-    assert GatedExperts.of(module(), torch.randn(2, 24, 64), torch.randn(2, 64, 12)) is None
-    assert GatedExperts.of(module(), torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16()) is None
-    assert GatedExperts.of(module(), torch.empty(0, 64, 64), torch.empty(0, 64, 32)) is None
+    def taken(up: torch.Tensor, down: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+        return GatedExperts.of(module(), Weights(up, scale), Weights(down)) is not None
+
+    up, down = torch.randn(2, 64, 64), torch.randn(2, 64, 32)
+    assert taken(up, down, torch.rand(2, 64))
+    assert not taken(torch.randn(2, 24, 64), torch.randn(2, 64, 12))
+    assert not taken(up.double(), down)
+    assert not taken(up, down.half())
+    assert not taken(torch.empty(0, 64, 64), torch.empty(0, 64, 32))
+    for bad in (torch.rand(2, 63), torch.rand(1, 64), torch.rand(2, 64).double(), torch.rand(64, 2).T):
+        assert not taken(up, down, bad)
 
 
 def test_threads_beside_each_other_have_memory_of_their_own() -> None:

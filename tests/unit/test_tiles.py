@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.kernels.registers import shape_for
-from cluster.kernels.tiles import INPUTS, OUTPUTS, PIECE, can_tile, tiled_product
+from cluster.kernels.tiles import DTYPES, INPUTS, OUTPUTS, PIECE, can_tile, tiled_product
 
 MANY_ROWS = 700  # more than what stays in a cache together, with the inputs below
 
@@ -42,6 +42,40 @@ def test_any_experts_with_any_rows(data: st.DataObject) -> None:
         check(slots, counts, outputs * OUTPUTS, inputs * INPUTS)
     finally:
         torch.set_num_threads(before)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 20), st.integers(1, 3 * PIECE // OUTPUTS), st.integers(1, 21), st.sampled_from(DTYPES))
+def test_weights_of_fewer_bytes_with_scales(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    shape = 3, outputs * OUTPUTS, inputs * INPUTS
+    whole = torch.randint(-128, 128, shape, dtype=torch.int8)
+    weight_SNK, scale_SN = whole if dtype is torch.int8 else torch.randn(shape).to(dtype), torch.rand(shape[:2])
+    assert can_tile(weight_SNK, dtype)
+    x_PK = torch.randn(2 * rows, shape[2])
+    for scale in (scale_SN, None):
+        got = tiled_product(x_PK, weight_SNK, [2, 0], [rows, rows], scale)
+        values = weight_SNK.float() * (1.0 if scale is None else scale[..., None])
+        expected = reference(x_PK, values, [2, 0], [rows, rows])
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * shape[2] ** 0.5 * float(values.abs().max()))
+
+
+def test_every_value_of_a_byte_and_of_bf16_is_exactly_itself() -> None:
+    one = torch.ones(1, INPUTS)
+    for values in (
+        torch.arange(-128, 128).to(torch.int8),
+        torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16),
+    ):
+        values = values[values.float().isfinite()]
+        weight = torch.zeros(1, len(values) // OUTPUTS * OUTPUTS, INPUTS, dtype=values.dtype)
+        weight[0, :, 3] = values[: weight.shape[1]]
+        assert torch.equal(tiled_product(one, weight, [0], [1])[0], weight[0, :, 3].float())
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    weight, x = torch.zeros(2, 8, 16, dtype=torch.int8), torch.randn(1, 16)
+    for bad in (torch.rand(2, 7), torch.rand(1, 8), torch.rand(8), torch.rand(2, 8).double(), torch.rand(8, 2).T):
+        with pytest.raises(ValueError, match="scales: got"):
+            tiled_product(x, weight, [0], [1], bad)
 
 
 def test_more_rows_than_a_cache_holds() -> None:
