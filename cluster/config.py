@@ -122,7 +122,7 @@ class Config:
         _at_least("drain_s", self.drain_s, 0)
         _at_least("start_timeout_s", self.start_timeout_s, 0.001)
         _one_of("data_plane.missing_experts", self.data_plane.missing_experts, ("wait", "fail", "degrade"))
-        for name in ("step_token_budget", "prefill_chunk"):
+        for name in ("step_token_budget", "prefill_chunk", "history_tokens"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 0)
         positive = ("max_running", "max_waiting", "kv_cache_bytes", "block_size")
         for name in (*positive, "default_max_new_tokens"):

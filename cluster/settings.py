@@ -21,8 +21,10 @@ class EngineConfig:
     """Tokens of one step at most; decode tokens first, the rest goes to prefill chunks. 0: 512 on CPUs, 4096 on
     GPUs."""
     prefill_chunk: int = 0
-    """Prefill tokens of a step at most while any sequence decodes: bounds the gap between two tokens of a stream. 0:
-    128 on CPUs, 1024 on GPUs."""
+    """Prefill tokens of a step while any sequence decodes and little waits, and twice as many at most: bounds the gap
+    between two tokens of a stream. 0: 96 on CPUs, 1024 on GPUs."""
+    history_tokens: int = 0
+    """A prefill token behind so many others counts as two in such a step. 0: by the model's attention and weights."""
     kv_cache_bytes: int = 2 * 1024**3
     """Bytes of key-value cache at most; admission waits for room, and when it runs out the last to come starts over."""
     block_size: int = 16
@@ -37,11 +39,14 @@ class EngineConfig:
     max_deadline_s: float = 600.0
     """No request lives longer, whatever its deadline says."""
 
-    def sized(self, on_gpu: bool) -> EngineConfig:
+    def sized(self, on_gpu: bool, history_tokens: int = 0) -> EngineConfig:
         """With numbers for what is 0: a step of so many tokens takes about as long on either."""
-        budget, chunk = (4096, 1024) if on_gpu else (512, 128)
+        budget, chunk = (4096, 1024) if on_gpu else (512, 96)
         return replace(
-            self, step_token_budget=self.step_token_budget or budget, prefill_chunk=self.prefill_chunk or chunk
+            self,
+            step_token_budget=self.step_token_budget or budget,
+            prefill_chunk=self.prefill_chunk or chunk,
+            history_tokens=self.history_tokens or history_tokens,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cluster.core import Deadline, Request, SamplingParams, StopParams
 from cluster.engine.blocks import BlockPool
-from cluster.engine.scheduler import ColdCosts, Scheduled, Scheduler, Share
+from cluster.engine.scheduler import STRETCH, ColdCosts, Scheduled, Scheduler, Share
 from cluster.settings import EngineConfig
 
 NEVER = float("inf")
@@ -82,7 +82,7 @@ class World:
         kinds = [share.decoding for share in shares]
         assert kinds == sorted(kinds, reverse=True), "decode tokens come first"
         prefilled = sum(len(share.ids) for share in shares if not share.decoding)
-        assert prefilled <= config.prefill_chunk or not any(kinds)
+        assert prefilled <= STRETCH * config.prefill_chunk or not any(kinds)
         taken = {share.sequence for share in shares}
         assert all(item in taken or not item.running for item in decoding), "a running stream was left out"
         assert shares or not self.pasts, "something always goes on"

@@ -45,6 +45,7 @@ from cluster.transport.base import Transport
 from cluster.transport.link import LinkStatus
 from cluster.weights.checkpoint import Checkpoint
 from cluster.weights.dtypes import DTYPE_NAMES, pick_device, resolve_dtype
+from cluster.weights.effort import history_tokens
 from cluster.weights.skeleton import Skeleton
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,6 @@ class Router:
         started = PhaseRecord("moe.startup", time.monotonic())
         self._checkpoint = checkpoint = Checkpoint(config.model)
         self._device = device = pick_device(config.device)
-        engine_config = config.engine.sized(on_gpu=device.type != "cpu")
         dtype = resolve_dtype(config.dtype, checkpoint.dtype, device.type == "cuda")
         self._dtype = DTYPE_NAMES[dtype]
         self._exact = config.expert_dtype in ("auto", self._dtype)
@@ -107,6 +107,7 @@ class Router:
             count=self._called,
         )
         self._trunk, skeleton = Trunk.load(checkpoint, dtype, device, dispatcher)
+        engine_config = config.engine.sized(device.type != "cpu", history_tokens(skeleton))
         tokenizer = load_tokenizer(checkpoint.path)
         started.done("weights", time.monotonic())
         self.fabric.start(config.start_timeout_s)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cluster.core import Deadline, Request, SamplingParams, StopParams
 from cluster.engine.engine import Engine
 from cluster.engine.events import TokenEvent
+from cluster.engine.scheduler import STRETCH
 from cluster.engine.text import Tokenizer
 from cluster.errors import DeadlineExceeded, ExpertMeshError
 from cluster.model.kv import KvStore
@@ -34,7 +35,8 @@ class Wave(NamedTuple):
 
 def waves(config: EngineConfig, context_length: int) -> list[Wave]:
     """One long prompt, and then more and more at a time, as far as the limits let them."""
-    longest = max(1, min(config.prefill_chunk, config.step_token_budget, _LONGEST, context_length - _NEW))
+    chunk = min(STRETCH * config.prefill_chunk, config.step_token_budget)
+    longest = max(1, min(chunk, _LONGEST, context_length - _NEW))
     most = min(config.max_running, config.step_token_budget)
     shapes = [Wave(1, longest), Wave(2, 16), Wave(4, 4), Wave(8, 2), Wave(16, 1)]
     return [Wave(min(streams, most), min(prompt, longest)) for streams, prompt in shapes]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.scheduler import FAIR_PART
+from cluster.engine.scheduler import BACKLOG_PART, FAIR_PART, STRETCH, Share
 from cluster.errors import Overloaded
 from tests.scheduling import NEVER, World
 
@@ -192,7 +192,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones(places: int) -> None:
 
 
 def test_who_waits_longest_gets_a_quarter_of_each_steps_prefill() -> None:
-    world = World(step_token_budget=32, prefill_chunk=10)
+    world = World(step_token_budget=11, prefill_chunk=10)
     world.add([1], 1000)
     world.step()
     long = world.add(numbered(2000, 10_000), 1)
@@ -330,3 +330,43 @@ def test_what_was_computed_without_some_experts_is_nobody_else_s_prefix() -> Non
     third = world.add(numbered(12), 2)
     world.step()
     assert third.cached_tokens > 0, "the second one's is sound"
+
+
+def prefilled(shares: list[Share]) -> int:
+    return sum(len(share.ids) for share in shares if not share.decoding)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "tokens"),
+    [(20, 20), (39, 20), (60, 30), (80, 40), (5000, 40)],
+)
+def test_the_longer_the_queue_the_larger_the_chunks_beside_a_stream(waiting: int, tokens: int) -> None:
+    world = World(step_token_budget=512, prefill_chunk=20)
+    world.add([1], 1000)
+    world.step()
+    for number in range(5):
+        world.add(numbered(waiting // 5 + (number < waiting % 5), 10_000 * (number + 1)), 1)
+    assert prefilled(world.step()) == tokens
+
+
+def test_chunks_of_a_long_prompt_get_shorter_as_its_history_grows_so_that_steps_take_as_long() -> None:
+    world = World(step_token_budget=512, prefill_chunk=96, history_tokens=1000)
+    world.add([1], 1000)
+    world.step()
+    long = world.add(numbered(3000, 10_000), 1)
+    costs, counts = [], []
+    while long not in world.first:
+        (share,) = [share for share in world.step() if not share.decoding]
+        counts.append(len(share.ids))
+        costs.append((3000 - share.start, len(share.ids) * (1 + share.start / 1000)))
+    most = STRETCH * 96
+    assert all(cost <= most for _, cost in costs)
+    assert all(cost > 0.95 * most for left, cost in costs if left > BACKLOG_PART * most)
+    assert counts[0] > 0.95 * most
+    assert min(counts) < most / 3
+
+
+def test_history_costs_nothing_extra_where_nobody_decodes() -> None:
+    world = World(step_token_budget=64, prefill_chunk=8, history_tokens=10)
+    world.add(numbered(640, 10_000), 1)
+    assert [prefilled(world.step()) for _ in range(10)] == [64] * 10
