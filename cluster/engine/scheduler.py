@@ -2,8 +2,9 @@
 
 *Decode first.* Every running sequence that decodes is in every step. What is left of the budget goes to prefill chunks.
 While anything decodes they are bounded, so that gaps between tokens are: to ``prefill_chunk`` tokens while little
-waits, and with a longer queue to more, since weights are read once a step and small chunks cost throughput. A token counts for
-more the longer the history that it attends to, so that chunks of a long prompt take as long as those of short ones.
+waits, and with a longer queue to more, since weights are read once a step and small chunks cost throughput. A token
+counts for more the longer the history that it attends to, so that chunks of a long prompt take as long as those of
+short ones.
 
 *Fair.* Prefills, running or waiting for a place, are served by what is left of them over how long they have waited:
 highest response ratio next (P. Brinch Hansen, "An analysis of response ratio scheduling", IFIP 1971), with an urgency
