@@ -12,6 +12,7 @@ from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.bank import ExpertBank
 from cluster.experts.compute import Compute
 from cluster.experts.crew import Crew
+from cluster.experts.reduced import PackedExperts, RoundedExperts
 from cluster.kernels.linear import ROWS, FastLinear, KernelTable
 from cluster.transport.base import LayerRows
 from cluster.weights.checkpoint import Checkpoint
@@ -98,9 +99,12 @@ def test_a_call_without_rows_or_pairs_has_an_answer(tiny: MakeTiny) -> None:
 
 @pytest.mark.parametrize("arch", architectures())
 @pytest.mark.parametrize(("dtype", "fraction", "limit"), [("int8", 4, 0.05), ("bf16", 2, 0.01)])
+@pytest.mark.parametrize("packed", [False, True])
 def test_quantised_experts_are_smaller_and_close(
-    arch: str, dtype: str, fraction: float, limit: float, tiny: MakeTiny
+    arch: str, dtype: str, fraction: float, limit: float, packed: bool, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if packed:  # as where nothing can be compiled
+        monkeypatch.setattr(RoundedExperts, "can_tile", False)
     path = tiny(arch)
     exact, ours = bank(path), bank(path, expert_dtype=dtype, threads=2)
     assert not ours.how.exact
@@ -114,6 +118,18 @@ def test_quantised_experts_are_smaller_and_close(
     # Scales weigh more in a tiny model than in one that anybody serves.
     assert ours.num_bytes < exact.num_bytes * (1.0 / fraction + 0.25)
     ours.close()
+
+
+def test_weights_that_a_packed_kernel_cannot_hold_are_refused(tiny: MakeTiny) -> None:
+    (module,) = [layer.module for layer in build_skeleton(Checkpoint(str(tiny("mixtral"))), torch.float32).moe_layers][
+        :1
+    ]
+    tensors = {name: torch.randn(2, *p.shape[1:]) for name, p in module.named_parameters()}
+    assert PackedExperts(module, tensors, "bf16").num_bytes * 2 == sum(t.nbytes for t in tensors.values())
+    tensors["down_proj"][1, 3, 5] = 1e5
+    with pytest.raises(ConfigError, match="65504"):
+        PackedExperts(module, tensors, "bf16")
+    assert RoundedExperts(module, tensors, "bf16").num_bytes * 2 == sum(t.nbytes for t in tensors.values())
 
 
 def test_a_dtype_of_experts_that_their_device_has_not_is_refused(tiny: MakeTiny) -> None:

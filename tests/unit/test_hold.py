@@ -14,6 +14,7 @@ from cluster.errors import ConfigError, InvalidArgument, MissingExperts
 from cluster.experts.bank import ExpertBank
 from cluster.experts.compute import Compute
 from cluster.experts.group import ExpertGroup, how_to_compute
+from cluster.experts.reduced import RoundedExperts
 from cluster.weights.zoo import architectures
 from tests.conftest import MakeTiny
 from tests.systems import config_for
@@ -35,9 +36,14 @@ def answers(ours: ExpertBank, layer: int, experts: list[int], hidden_TH: torch.T
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "int8, packed", "bf16, packed"])
 @pytest.mark.parametrize("arch", architectures())
-def test_a_layer_that_grew_and_shrank_computes_what_a_fresh_one_does(arch: str, way: str, tiny: MakeTiny) -> None:
+def test_a_layer_that_grew_and_shrank_computes_what_a_fresh_one_does(
+    arch: str, way: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way, _, packed = way.partition(", ")
+    if packed:
+        monkeypatch.setattr(RoundedExperts, "can_tile", False)
     path = tiny(arch)
     whole = bank(path, **WAYS[way])
     layers = len(whole.holdings)

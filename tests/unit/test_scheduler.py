@@ -74,7 +74,7 @@ requests = st.tuples(st.integers(1, 30), st.integers(1, 8), st.integers(0, 2), s
 
 @settings(max_examples=120, deadline=None)
 @example(
-    [(1, 1, 0, 1), (1, 1, 0, 1), (6, 1, 0, 0), (23, 8, 1, 0), (6, 1, 0, 0), (26, 1, 0, 0)], 3, 3, 1, 5, 1, False, 3.0
+    [(1, 1, 0, 1), (1, 1, 0, 1), (6, 1, 0, 0), (23, 8, 1, 0), (6, 1, 0, 0), (26, 1, 0, 0)], 3, 3, 1, 5, 1, False, 3.0, 0
 )
 @given(
     st.lists(requests, min_size=1, max_size=12),
@@ -85,6 +85,7 @@ requests = st.tuples(st.integers(1, 30), st.integers(1, 8), st.integers(0, 2), s
     st.integers(0, 20),
     st.booleans(),
     st.sampled_from([0.0, 0.01, 3.0]),
+    st.sampled_from([0, 1, 10, 500]),
 )
 def test_every_token_goes_through_once_in_order_within_all_limits(
     sizes: list[tuple[int, int, int, int]],
@@ -95,9 +96,11 @@ def test_every_token_goes_through_once_in_order_within_all_limits(
     more_blocks: int,
     caching: bool,
     step_s: float,
+    history: int,
 ) -> None:
     largest = max(prompt + new for prompt, new, _, _ in sizes)
     limits = {"max_running": max_running, "step_token_budget": budget, "prefill_chunk": chunk}
+    limits["history_tokens"] = history
     num_blocks = -(-largest // block_size) + more_blocks
     world = World(num_blocks, block_size, step_s, prefix_caching=caching, **limits)
     items = []

@@ -51,8 +51,7 @@ from cluster.bench.engine import QUIET, router_of
 from cluster.config import load_config
 from cluster.kernels.team import release_team
 
-flags = {"model": sys.argv[1], "groups": 0, "data_plane": {"secret": "x"}, "telemetry": QUIET}
-torch.set_num_threads(2)
+flags = {"model": sys.argv[1], "groups": 0, "threads": 2, "data_plane": {"secret": "x"}, "telemetry": QUIET}
 with router_of(load_config(flags=flags, environ={})):
     now = len(os.listdir("/proc/self/task"))
     release_team()
