@@ -310,7 +310,8 @@ class Scheduler:
         return self._colds.seconds(self._colds.cold_bytes(sequence.need, beside)) / self._token_s
 
     def _spend(self, sequence: Scheduled, budget: int, preempts: bool) -> int:
-        """Puts a prefill chunk into the step that costs no more than ``budget``; what it costs."""
+        """Puts a prefill chunk into the step that costs no more than ``budget``, of one token at
+        least; what it costs, or the budget if that is less."""
         if not self._history or budget <= 0:
             return self._take(sequence, budget, preempts)
         start = sequence.computed + self._taken.get(sequence, 0)
