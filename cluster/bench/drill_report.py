@@ -83,19 +83,25 @@ def mismatches(
     reference: Reference, prompts: list[list[int]], known: list[list[int]], answers: list[Answered]
 ) -> dict[str, int]:
     """Tokens that are not the known ones. Where an answer leaves the known one at a near tie of the reference's logits,
-    it is judged by the reference along its own tokens from there on."""
+    or behind a tie of two experts, it is judged by the reference along its own tokens from there on."""
     wrong = ties = 0
     for answer in answers:
         expected = known[answer.prompt][: len(answer.tokens)]
         if answer.tokens == expected:
             continue
-        logits_NV = reference.logits(prompts[answer.prompt], answer.tokens)
-        best_N = logits_NV.max(-1).values
-        chosen_N = logits_NV.gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        near = (best_N - chosen_N) <= NEAR_TIE * logits_NV.std()
-        wrong += int((~near).sum())
-        ties += int(near.all())
+        prompt = prompts[answer.prompt]
+        far = _far(reference.logits(prompt, answer.tokens), answer.tokens)
+        if far and not all(_far(other_NV, answer.tokens) for other_NV in reference.others(prompt, answer.tokens)):
+            far = 0  # two experts tie
+        wrong += far
+        ties += far == 0
     return {"mismatched_tokens": wrong, "near_tie_answers": ties}
+
+
+def _far(logits_NV: torch.Tensor, tokens: list[int]) -> int:
+    """Tokens that are not the likeliest, nor near it."""
+    chosen_N = logits_NV.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    return int((logits_NV.max(-1).values - chosen_N > NEAR_TIE * logits_NV.std()).sum())
 
 
 def calls_between(first: control_pb2.StatusReply, last: control_pb2.StatusReply) -> dict[str, Any]:

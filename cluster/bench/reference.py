@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
+
+_ROUNDING = 1e-6
+"""Of each input, in `Reference.others`: what fp32 sums lose."""
+_OTHERS = 24
 
 
 class Reference:
@@ -48,6 +54,29 @@ class Reference:
         ids = torch.tensor([prompt + continuation[:-1]])
         output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
         return output
+
+    def others(self, prompt: list[int], continuation: list[int]) -> Iterator[torch.Tensor]:
+        """`logits` again and again, each time with embeddings that are off by no more than rounding is.
+
+        All are the same but where two experts are as good for some token: which of them is chosen is decided by the
+        order of a sum, and moves all logits behind it far more than rounding does.
+        """
+        for seed in range(_OTHERS):
+            with self._rounded(seed):
+                yield self.logits(prompt, continuation)
+
+    @contextmanager
+    def _rounded(self, seed: int) -> Iterator[None]:
+        draw = torch.Generator().manual_seed(seed)
+
+        def off(_module: Any, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+            return embedded * (1.0 + _ROUNDING * torch.randn(embedded.shape, generator=draw).to(embedded))
+
+        handle = self._model.get_input_embeddings().register_forward_hook(off)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _dequantized(path: Path, dtype: torch.dtype) -> Any:

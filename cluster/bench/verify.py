@@ -32,8 +32,11 @@ is about 2e-6; one wrong expert or two swapped gate weights make at least 2e-4 o
 WINDOW, FIRST_POSITION, NUM_WINDOWS, IN_FLIGHT = 128, 16, 10, 8
 PERPLEXITY_LIMIT = 0.01
 """How much perplexity may rise with expert weights of fewer bits."""
+_COUNTS = ("tokens_compared", "mismatched_tokens", "near_ties", "routing_ties")
 NEAR_TIE = 1e-5
 NEAR_TIE_SHARE = 0.005
+ROUTING_TIE_SHARE = 0.05
+"""Of the answers, but one is always let pass: bench-700m has such a tie in one of some thousand sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +109,21 @@ def _ask_one(client: Client, prompt: list[int], num_tokens: int) -> Answer:
 
 
 def compare(reference: Reference, answers: list[Answer], expected_tokens: int) -> dict[str, Any]:
-    """Counts and differences over all answers (see the README for the keys)."""
-    compared = mismatched = near_ties = 0
+    """Counts and differences over all answers (see the README for the keys).
+
+    An answer that is not the reference's may be that of the reference where two experts tie (`Reference.others`): then
+    all of its tokens and logits are compared with that one, by the same limits, and it counts as a routing tie.
+    """
+    compared = mismatched = near_ties = routing_ties = 0
     worst = 0.0
     total = total_squares = count = 0.0
     for answer in answers:
         wanted_NV = reference.logits(answer.prompt, answer.tokens)
+        if not _same(wanted_NV, answer):
+            for other_NV in reference.others(answer.prompt, answer.tokens):
+                if _same(other_NV, answer):
+                    wanted_NV, routing_ties = other_NV, routing_ties + 1
+                    break
         compared += len(answer.tokens)
         # A missing token is a wrong one.
         mismatched += max(0, expected_tokens - len(answer.tokens))
@@ -131,8 +143,14 @@ def compare(reference: Reference, answers: list[Answer], expected_tokens: int) -
         "max_abs_logit_diff": worst,
         "logit_std": deviation,
         "near_ties": near_ties,
+        "routing_ties": routing_ties,
         "exact": all(answer.said_exact for answer in answers),
     }
+
+
+def _same(wanted_NV: torch.Tensor, answer: Answer) -> bool:
+    tokens = torch.equal(wanted_NV.argmax(-1), torch.tensor(answer.tokens))
+    return tokens and bool((wanted_NV - answer.logits_NV).abs().max() <= LOGIT_LIMIT * wanted_NV.std())
 
 
 def problems(report: dict[str, Any], load: Load) -> list[str]:
@@ -149,6 +167,8 @@ def problems(report: dict[str, Any], load: Load) -> list[str]:
         found.append(f"logits differ by {report['max_abs_logit_diff']:.3g}, more than {limit:.3g}")
     if report["near_ties"] > NEAR_TIE_SHARE * report["tokens_compared"]:
         found.append(f"{report['near_ties']} near ties: these prompts prove too little")
+    if report["routing_ties"] > max(1, ROUTING_TIE_SHARE * load.prompts):
+        found.append(f"{report['routing_ties']} answers are right only if experts tied: too many to be chance")
     if min(load.in_flight, load.prompts) > 1 and report["max_batch"] < 2:
         found.append("no two requests ever shared a step")
     return found
@@ -224,7 +244,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     worst = max(
         runs, key=lambda run: run["max_abs_logit_diff"] / run["logit_std"] if run["logit_std"] else float("inf")
     )
-    sums = {key: sum(run[key] for run in runs) for key in ("tokens_compared", "mismatched_tokens", "near_ties")}
+    sums = {key: sum(run[key] for run in runs) for key in _COUNTS}
     return {
         "ok": ok,
         "arch": sorted({run["arch"] for run in runs}),

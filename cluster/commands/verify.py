@@ -169,7 +169,7 @@ def _verify_table(runs: list[dict[str, Any]]) -> None:
         "tokens",
         "different",
         "logit difference / std",
-        "near ties",
+        "near ties + of experts",
         "largest batch",
         "verdict",
     )
@@ -182,7 +182,7 @@ def _verify_table(runs: list[dict[str, Any]]) -> None:
             str(run["tokens_compared"]),
             str(run["mismatched_tokens"]),
             f"{ratio:.1e}",
-            str(run["near_ties"]),
+            f"{run['near_ties']} + {run['routing_ties']}",
             str(run["max_batch"]),
             _verdict(run) if run["ok"] else f"[red]{'; '.join(run['problems'])}[/red]",
         )
