@@ -30,7 +30,7 @@ _ONE = np.float32(1.0)
 
 
 @njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
-def _weigh(scores: Any, first: int, n: int, scale: Any) -> None:
+def weigh(scores: Any, first: int, n: int, scale: Any) -> None:
     """Softmax of n scores times ``scale``, in place."""
     highest = scores[first]
     for i in range(first + 1, first + n):
@@ -93,7 +93,7 @@ def _heads(work: Any) -> None:
                     )
             done += n
         for number in range(group):
-            _weigh(floats(scores), number * tokens, tokens, scale)
+            weigh(floats(scores), number * tokens, tokens, scale)
         result = floats(y)
         for i in range(group * v_dim):
             result[i] = np.float32(0.0)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster.kernels.attention import Histories, attend, can_attend
+from cluster.kernels.chunks import FEWEST, attend_causal
 from cluster.model.packed import Span, Step, current_step
 from cluster.model.together import Bundle
 
@@ -63,8 +64,7 @@ def attention(
         return paged, None
     bundles, spans = call.bundles(), call.batch.spans
     if not bundles:
-        parts = [call.of_span(number, span) for number, span in enumerate(spans)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
+        return call.of_spans(), None
     outputs = [(bundle, call.of_bundle(number, bundle)) for number, bundle in enumerate(bundles)]
     total = outputs[0][1].new_empty((1, query.shape[2], *outputs[0][1].shape[2:]))
     for bundle, output in outputs:
@@ -120,8 +120,34 @@ class _Call:
         attend(self._query, keys, values, histories, self._kwargs["scaling"], result)
         for number, span in enumerate(self.batch.spans):
             if number not in histories.of:
-                result[:, span.first : span.last] = self.of_span(number, span)
+                self.put_span(result, number, span)
         return result
+
+    def of_spans(self) -> torch.Tensor:
+        """[1, T, heads, dim], one sequence after the other."""
+        spans = self.batch.spans
+        if not any(self._is_causal(number, span) for number, span in enumerate(spans)):
+            parts = [self.of_span(number, span) for number, span in enumerate(spans)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        total = self._query.new_empty((1, self._query.shape[2], self._query.shape[1], self._value.shape[3]))
+        for number, span in enumerate(spans):
+            self.put_span(total, number, span)
+        return total
+
+    def put_span(self, total: torch.Tensor, number: int, span: Span) -> None:
+        """A sequence's rows of ``total`` [1, T, heads, dim]; many tokens that see all before them are read from the
+        store where they lie."""
+        place = total[:, span.first : span.last]
+        if not self._is_causal(number, span):
+            place.copy_(self.of_span(number, span))
+            return
+        keys, values = self.batch.store.layer(self._layer)
+        own = self._query[:, :, span.first : span.last]
+        attend_causal(own, keys, values, span.runs, self._kwargs["scaling"], place)
+
+    def _is_causal(self, number: int, span: Span) -> bool:
+        known = self._fast and self._known.causal.get(self._layer, False)
+        return known and span.num_rows >= FEWEST and self._mask.is_causal(number)
 
     def of_bundle(self, number: int, bundle: Bundle) -> torch.Tensor:
         """[B, 1, heads, dim]."""
@@ -168,7 +194,9 @@ class _Call:
         expected = _eager(self._module, query, keys, values, self._mask.additive(number).float(), (), kwargs)
         got = _fast(query, keys, values, self._mask.allowed(number), kwargs["scaling"])
         if query.shape[2] == 1 and self._mask.allowed(number) is None:
-            self._learn_paged(number, expected)
+            self._learn_stored(number, expected, self._known.paged)
+        elif query.shape[2] > 1 and self._mask.is_causal(number):
+            self._learn_stored(number, expected, self._known.causal)
         if got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
             known.fast[layer] = False
             return
@@ -176,7 +204,7 @@ class _Call:
         if len(known.checked[layer]) == 2:
             known.fast[layer] = True
 
-    def _learn_paged(self, number: int, expected: torch.Tensor) -> None:
+    def _learn_stored(self, number: int, expected: torch.Tensor, found: dict[int, bool]) -> None:
         """Whether reading one sequence from the store gives what the layer's own attention does."""
         span, scaling = self.batch.spans[number], self._kwargs["scaling"]
         keys, values = self.batch.store.layer(self._layer)
@@ -184,9 +212,12 @@ class _Call:
         same = self._direct and scaling > 0 and can_attend(own, keys, values)
         if same:
             got = torch.empty(expected.shape, dtype=torch.float32)
-            attend(own, keys, values, Histories([0], [span.runs]), scaling, got)
+            if found is self._known.causal:
+                attend_causal(own, keys, values, span.runs, scaling, got)
+            else:
+                attend(own, keys, values, Histories([0], [span.runs]), scaling, got)
             same = bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
-        self._known.paged[self._layer] = same and self._known.paged.get(self._layer, True)
+        found[self._layer] = same and found.get(self._layer, True)
 
 
 def _pick(histories: torch.Tensor, at_BS: torch.Tensor) -> torch.Tensor:

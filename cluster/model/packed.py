@@ -129,6 +129,7 @@ class BatchMask:
         self._together: dict[int, torch.Tensor] = {}
         self._additive_together: dict[int, torch.Tensor] = {}
         self._open: list[bool] | None = None
+        self._causal: dict[int, bool] = {}
         self._histories: Histories | None = None
         self._has_histories: bool | None = None
 
@@ -148,6 +149,14 @@ class BatchMask:
             span = self._batch.spans[number]
             self._allowed[number] = None if span.num_rows == 1 and self._sees_all(number) else self._evaluate(span)
         return self._allowed[number]
+
+    def is_causal(self, number: int) -> bool:
+        """Every token of sequence ``number`` sees itself and all before it."""
+        if number not in self._causal:
+            allowed, span, device = self.allowed(number), self._batch.spans[number], self._batch.device
+            rows, keys = torch.arange(span.start, span.total, device=device), torch.arange(span.total, device=device)
+            self._causal[number] = allowed is None or torch.equal(allowed, keys[None, :] <= rows[:, None])
+        return self._causal[number]
 
     def additive(self, number: int) -> torch.Tensor:
         """[1, 1, t, S] for the model's own attention: 0, or the lowest value of the dtype."""
@@ -197,13 +206,14 @@ class Layers:
 
     ``direct``: the layer gives attention the very tensors that the cache returned, so the cache need not gather
     histories that attention then takes apart again. ``fast``: torch's attention gives the same; ``paged``: so does
-    ours, for one token.
+    ours, for one token, and ``causal`` for many.
     """
 
     def __init__(self) -> None:
         self.direct: dict[int, bool] = {}
         self.fast: dict[int, bool] = {}
         self.paged: dict[int, bool] = {}
+        self.causal: dict[int, bool] = {}
         self.checked: dict[int, set[bool]] = {}
 
 

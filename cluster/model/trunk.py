@@ -13,8 +13,9 @@ import torch
 
 from cluster.core import Clock
 from cluster.errors import InternalError
-from cluster.kernels.linear import SMALL_BYTES, Family, FastLinear, FastNorm, KernelTable
+from cluster.kernels.linear import SMALL_BYTES, KernelTable
 from cluster.model.ahead import AheadOfTime, shared_experts_of
+from cluster.model.faster import speed_up, speed_up_norms
 from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.kv import KvStore
@@ -198,32 +199,6 @@ class Trunk:
         finally:
             self._step = None
         return result
-
-
-def speed_up(model: Any, table: KernelTable) -> None:
-    """Gives every linear layer on the CPU the kernels of ``table``, those of one module that may get the same rows a
-    `Family`, and every RMSNorm what `FastNorm` has for it."""
-    speed_up_norms(model)
-    for parent in model.modules():
-        by_inputs: dict[int, list[FastLinear]] = {}
-        for module in parent.children():
-            if type(module) is torch.nn.Linear and module.weight.is_cpu and "forward" not in module.__dict__:
-                linear = FastLinear(module.weight, module.bias, table)
-                # Instead of the class's; a submodule or parameter it is not.
-                module.__dict__["forward"] = linear
-                if linear.tiles:
-                    by_inputs.setdefault(linear.weight.shape[1], []).append(linear)
-        for members in by_inputs.values():
-            if len(members) > 1:
-                Family(members)
-
-
-def speed_up_norms(model: Any) -> None:
-    """Gives every RMSNorm one kernel instead of six: see `FastNorm`."""
-    for module in model.modules():
-        norm = FastNorm.of(module)
-        if norm is not None:
-            module.__dict__["forward"] = norm
 
 
 def _assign(model: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.bench.engine import Generator
 from cluster.kernels.attention import Histories, attend, can_attend
+from cluster.kernels.chunks import attend_causal
 from cluster.weights.zoo import architectures
 from tests.conftest import MakeTiny
 from tests.systems import in_process_router
@@ -62,6 +63,49 @@ def test_what_torch_computes(data: st.DataObject) -> None:
         assert torch.allclose(result[:, row].double(), wanted[:, :, 0], atol=3e-6, rtol=1e-5)
     others = [row for row in range(8) if row not in rows]
     assert (result[:, others] == 7.0).all()
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_what_torch_computes_for_many_tokens(data: st.DataObject) -> None:
+    kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    dim, v_dim = (16 * data.draw(st.integers(1, 9)) for _ in range(2))
+    threads, scale = data.draw(st.integers(1, 3)), data.draw(st.floats(0.1, 3.0)) / dim**0.5
+    total = data.draw(st.integers(1, 300))
+    rows = data.draw(st.integers(1, min(total, 90)))
+    runs = pieces(total, data.draw(st.lists(st.integers(1, 300), max_size=4)), 2)
+    room = max(last for _, last in runs) + 5
+    keys, values = torch.full((room, kv_heads, dim), torch.nan), torch.full((room, kv_heads, v_dim), torch.nan)
+    at = torch.cat([torch.arange(first, last) for first, last in runs])
+    keys[at], values[at] = torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, v_dim)
+    query = torch.randn(1, rows, kv_heads * group, dim).transpose(1, 2)
+    whole = torch.full((1, rows + 2, kv_heads * group, v_dim), 7.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        attend_causal(query, keys, values, runs, scale, whole[:, 1:-1])
+    finally:
+        torch.set_num_threads(before)
+    k, v = (t[at].double().transpose(0, 1)[None] for t in (keys, values))
+    allowed = torch.ones(rows, total, dtype=torch.bool).tril(total - rows)
+    wanted = F.scaled_dot_product_attention(query.double(), k, v, allowed, scale=scale, enable_gqa=True)
+    assert torch.allclose(whole[:, 1:-1].double(), wanted.transpose(1, 2), atol=4e-6, rtol=1e-5)
+    assert (whole[:, [0, -1]] == 7.0).all()
+
+
+def test_many_tokens_that_do_not_fit_are_refused() -> None:
+    keys, query, result = torch.randn(30, 2, 16), torch.randn(1, 4, 20, 16), torch.empty(1, 20, 4, 16)
+    attend_causal(query, keys, keys, [(0, 20)], 1.0, result)
+    for runs, scale, into in (
+        ([(0, 31)], 1.0, result),
+        ([(-1, 25)], 1.0, result),
+        ([(5, 4), (0, 25)], 1.0, result),
+        ([(0, 19)], 1.0, result),  # fewer than there are queries
+        ([(0, 20)], 0.0, result),
+        ([(0, 20)], 1.0, torch.empty(1, 20, 4, 32)),
+    ):
+        with pytest.raises(ValueError, match="attention of"):
+            attend_causal(query, keys, keys, runs, scale, into)
 
 
 def test_scores_far_apart_and_what_is_not_finite() -> None:
@@ -122,6 +166,31 @@ def test_sequences_that_decode_are_read_where_they_lie(
     with in_process_router(path, num_groups=2) as router:
         tokens = Generator(router)(prompts, 8)["tokens"]
     assert (max(sizes, default=0) > 1) == (arch not in OTHER_WAYS)
+    for prompt, chosen in zip(prompts, tokens, strict=True):
+        with torch.inference_mode():
+            wanted = oracle(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :]
+        assert wanted.argmax(-1).tolist() == chosen
+
+
+def test_prompts_are_read_where_they_lie(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def attend_and_note(query: torch.Tensor, *others: Any) -> None:
+        runs = others[2]
+        seen.append((query.shape[2], sum(last - first for first, last in runs), len(runs)))
+        attend_causal(query, *others)
+
+    monkeypatch.setattr("cluster.model.attention.attend_causal", attend_and_note)
+    path = tiny("olmoe")
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    shared = [random.randrange(512) for _ in range(70)]
+    prompts = [shared + [random.randrange(512) for _ in range(random.randint(30, 90))] for _ in range(4)]
+    with in_process_router(path, num_groups=2) as router:
+        generate = Generator(router)
+        generate(prompts[:1], 2)
+        tokens = generate(prompts, 4)["tokens"]
+    assert any(total > rows for rows, total, _ in seen), "with a history"
+    assert any(runs > 1 for _, _, runs in seen), "in several places"
     for prompt, chosen in zip(prompts, tokens, strict=True):
         with torch.inference_mode():
             wanted = oracle(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :]
