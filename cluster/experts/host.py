@@ -7,6 +7,7 @@ between two calls, so that a call over shared memory meets one thread only.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -142,6 +143,7 @@ class ExpertHost:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
+        _yield_to_senders()
         if self._threads:
             torch.set_num_threads(self._threads)
         while True:
@@ -192,6 +194,16 @@ class ExpertHost:
             return
         if answer(self._compute, call, rows, pending, waited_s, self._clock, self._notes, self._observe):
             self.calls += 1
+
+
+def _yield_to_senders() -> None:
+    """From now on this thread, when it is woken, waits for a free core instead of taking that of the one who woke it.
+
+    With two groups on two cores a router was off its core for 180 µs whenever it sent something, 9 ms of a step of
+    12 layers.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not every system has it, or lets us
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def answer(

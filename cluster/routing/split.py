@@ -12,6 +12,7 @@ import torch
 
 from cluster.core import GroupId
 from cluster.errors import ExpertMeshError
+from cluster.kernels.rows import add, can_add, can_divide, divide
 from cluster.transport.base import LayerRows, PendingReply, Transport
 from cluster.transport.codec import max_rows
 
@@ -54,6 +55,10 @@ def split(
         whole = num_rows <= limit and rows_P.size == num_rows * experts_per_token
         if whole and bool((owner_P == group).all()):
             return [Part(group, None, LayerRows.of(hidden_TH, rows_P, experts_P, weight_P))]
+    num_groups = int(owner_E.max(initial=-1)) + 1
+    if hidden_TH.shape[0] <= limit and can_divide(hidden_TH, num_groups):
+        divided = divide(owner_E, hidden_TH, rows_P, experts_P, weight_P, num_groups)
+        return [Part(group, index, LayerRows(rows_TH, pairs_3P)) for group, index, rows_TH, pairs_3P in divided]
     for group, pairs in _by_value(owner_P):
         row_P = rows_P[pairs]
         starts = np.ones(row_P.size, dtype=bool)
@@ -89,7 +94,9 @@ def _by_value(values_P: Ints) -> Iterator[tuple[int, Ints]]:
 def add_rows(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torch.Tensor) -> None:
     """Adds rows to the rows of ``total_TH`` that they belong to (None: all)."""
     partial_TH = partial_TH.to(total_TH.device)
-    if row_index is None:
+    if can_add(total_TH, partial_TH):
+        add(total_TH, row_index, partial_TH)
+    elif row_index is None:
         total_TH.add_(partial_TH)
     else:
         total_TH.index_add_(0, row_index.to(total_TH.device), partial_TH)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -92,3 +93,18 @@ def test_progress_age_grows_while_a_call_runs_or_waits() -> None:
     last.wait(Deadline.after(SOON))
     assert host.progress_age_s() == 0.0
     host.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no such scheduling here")
+def test_the_compute_thread_does_not_push_away_who_wakes_it() -> None:
+    policies = []
+
+    def compute(_layer: int, given: LayerRows) -> torch.Tensor:
+        policies.append(os.sched_getscheduler(0))
+        return given.hidden_TH
+
+    host = ExpertHost(compute)
+    submit(host, 0).wait(Deadline.after(SOON))
+    host.close()
+    assert policies == [os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) != os.SCHED_BATCH, "and nobody else's"

@@ -1,0 +1,82 @@
+"""A few rows divided among groups, and the groups' answers added again: one compiled call instead of a dozen.
+
+A decode step does it in every layer, between two products that leave nothing of the interpreter in the caches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.kernels.team import alone, team
+
+FIRST, BAD = 1, 1
+"""Where, in what a division finds, the groups' numbers begin; and what it says of arguments that make no sense."""
+_COMPILED, _FEW, _MOST_GROUPS = "rows_compiled", 64 * 1024, 8
+"""Floats, and groups, up to which it is done here: there is room for all rows in each group's part."""
+
+Parts = list[tuple[int, torch.Tensor | None, torch.Tensor, Any]]
+"""(group, the rows' numbers or None where it has all, the rows [n, H], pairs int32 [3, p] as in a `LayerRows`)."""
+
+
+@functools.cache
+def _compiles() -> bool:
+    return team(_COMPILED, "divide") is not None
+
+
+def can_divide(hidden_TH: torch.Tensor, num_groups: int) -> bool:
+    """`divide` takes rows like these."""
+    few = hidden_TH.numel() <= _FEW and num_groups <= _MOST_GROUPS
+    fits = few and hidden_TH.is_cpu and hidden_TH.dtype is torch.float32 and hidden_TH.is_contiguous()
+    return fits and _compiles()
+
+
+def divide(owner_E: Any, hidden_TH: torch.Tensor, rows_P: Any, experts_P: Any, weight_P: Any, num_groups: int) -> Parts:
+    """Parts in the order of groups; -1 is nobody's. ``owner_E`` (int64) is the group of each expert, pair p wants
+    expert ``experts_P[p]`` (int64) on row ``rows_P[p]`` (int64, ascending) with weight ``weight_P[p]`` (fp32).
+
+    Raises:
+        IndexError: a row, an expert or a group does not exist, or rows do not ascend.
+    """
+    (T, H), P, places = hidden_TH.shape, len(experts_P), num_groups + 1
+    arrays = [np.ascontiguousarray(a, np.int64) for a in (owner_E, rows_P, experts_P)]
+    weight_P = np.ascontiguousarray(weight_P, np.float32)
+    found = np.empty(FIRST + 4 * places, np.int64)
+    into = [(torch.empty(T, dtype=torch.int64), torch.empty((T, H)), np.empty(3 * P, np.int32)) for _ in range(places)]
+    where = [at for index, rows, named in into for at in (index.data_ptr(), rows.data_ptr(), named.ctypes.data)]
+    given = [a.ctypes.data for a in (*arrays, weight_P)]
+    sizes = (len(owner_E), P, num_groups, T, hidden_TH.data_ptr(), H, found.ctypes.data)
+    alone(_COMPILED, "divide")((*given, *sizes, *where))
+    state, *numbers = found[: FIRST + 2 * places].tolist()
+    if state == BAD or len(rows_P) != P or len(weight_P) != P:
+        raise IndexError(f"{P} pairs on {T} rows, of {len(owner_E)} experts in {num_groups} groups")
+    parts: Parts = []
+    for number, (index, rows, named) in enumerate(into):
+        pairs, count = numbers[number], numbers[places + number]
+        if pairs:
+            pairs_3P = named[: 3 * pairs].reshape(3, pairs)
+            whole = count == T
+            parts.append((number - 1, None if whole else index[:count], hidden_TH if whole else rows[:count], pairs_3P))
+    return parts
+
+
+def can_add(total_TH: torch.Tensor, partial_TH: torch.Tensor) -> bool:
+    """`add` takes rows like these."""
+    fits = total_TH.numel() <= _FEW and total_TH.dim() == 2 and total_TH.shape[1:] == partial_TH.shape[1:]
+    return (
+        fits
+        and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in (total_TH, partial_TH))
+        and _compiles()
+    )
+
+
+def add(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torch.Tensor) -> None:
+    """Adds rows to those of ``total_TH`` that they belong to (int64; None: the first ones)."""
+    (T, H), num = total_TH.shape, len(partial_TH)
+    if row_index is not None and (row_index.dtype is not torch.int64 or len(row_index) != num):
+        raise ValueError(f"row_index: must be {num} int64, got {len(row_index)} of {row_index.dtype}")
+    index_at = 0 if row_index is None else row_index.contiguous().data_ptr()
+    alone(_COMPILED, "add")((total_TH.data_ptr(), T, H, index_at, partial_TH.data_ptr(), num))

@@ -1,0 +1,91 @@
+"""Rows divided among groups and added again, compiled: what plain loops over pairs say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.kernels.rows import add, can_add, can_divide, divide
+from cluster.routing.split import add_rows, split
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.data())
+def test_each_pair_is_in_its_groups_part_once(data: st.DataObject) -> None:
+    tokens, each, experts = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))
+    groups, hidden = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 9))
+    owner_E = np.array(data.draw(st.lists(st.integers(-1, groups - 1), min_size=experts, max_size=experts)), np.int64)
+    rows_P = np.repeat(np.arange(tokens), each)
+    if data.draw(st.booleans()):  # as where a part is sent again
+        rows_P = rows_P[np.random.default_rng(data.draw(st.integers(0, 99))).random(len(rows_P)) < 0.6]
+    experts_P = np.array(
+        data.draw(st.lists(st.integers(0, experts - 1), min_size=len(rows_P), max_size=len(rows_P))), np.int64
+    )
+    weight_P, hidden_TH = np.random.rand(len(rows_P)).astype(np.float32), torch.randn(tokens, hidden)
+    assert can_divide(hidden_TH, groups)
+    parts = divide(owner_E, hidden_TH, rows_P, experts_P, weight_P, groups)
+    wanted = sorted({int(owner_E[e]) for e in experts_P})
+    assert [group for group, *_ in parts] == wanted
+    for group, index, rows_TH, pairs_3P in parts:
+        mine = [p for p in range(len(rows_P)) if owner_E[experts_P[p]] == group]
+        named = sorted({int(rows_P[p]) for p in mine})
+        assert (list(range(tokens)) if index is None else index.tolist()) == named
+        assert torch.equal(rows_TH, hidden_TH[named])
+        assert [named[at] for at in pairs_3P[0]] == [int(rows_P[p]) for p in mine]
+        assert pairs_3P[1].tolist() == [int(experts_P[p]) for p in mine]
+        assert pairs_3P[2].view(np.float32).tolist() == weight_P[mine].tolist()
+        assert pairs_3P.flags.c_contiguous
+
+
+def test_what_does_not_exist_is_refused() -> None:
+    owner_E, hidden_TH, weight_P = np.array([0, 1, 0]), torch.randn(2, 4), np.ones(2, np.float32)
+    for owners, rows, experts, groups in (
+        (owner_E, [0, 2], [0, 1], 2),
+        (owner_E, [-1, 0], [0, 1], 2),
+        (owner_E, [1, 0], [0, 1], 2),
+        (owner_E, [0, 1], [0, 3], 2),
+        (owner_E, [0, 1], [0, -1], 2),
+        (owner_E, [0, 1], [0, 1], 1),
+        (np.array([0, -2, 0]), [0, 1], [0, 1], 2),
+        (owner_E, [0], [0, 1], 2),
+    ):
+        with pytest.raises(IndexError, match="pairs"):
+            divide(owners, hidden_TH, np.array(rows), np.array(experts), weight_P, groups)
+
+
+@pytest.mark.parametrize("num", [1, 3, 7])
+def test_rows_are_added_to_their_own(num: int) -> None:
+    total, partial = torch.randn(7, 33), torch.randn(num, 33)
+    index = torch.randperm(7)[:num]
+    wanted = total.clone().index_add_(0, index, partial)
+    assert can_add(total, partial)
+    add(total, index, partial)
+    assert torch.allclose(total, wanted)
+    wanted[:num] += partial
+    add(total, None, partial)
+    assert torch.allclose(total, wanted)
+    with pytest.raises(ValueError, match="row_index"):
+        add(total, index.int(), partial)
+
+
+def test_large_ones_and_other_dtypes_go_the_other_way() -> None:
+    assert not can_divide(torch.randn(2, 4).bfloat16(), 2)
+    assert not can_divide(torch.randn(700, 1024), 2)
+    assert not can_divide(torch.randn(2, 4), 9)
+    assert not can_add(torch.randn(2, 4), torch.randn(2, 8)[:, ::2])
+    rows_P, experts_P = np.repeat(np.arange(6), 2), np.random.default_rng(1).integers(0, 5, 12)
+    owner_E, weight_P = np.array([0, 1, 1, 0, 2]), np.random.rand(12).astype(np.float32)
+    hidden_TH = torch.randn(6, 8)
+    few = split(owner_E, hidden_TH, rows_P, experts_P, weight_P, 2)
+    many = split(owner_E, hidden_TH.double(), rows_P, experts_P, weight_P, 2)
+    for a, b in zip(few, many, strict=True):
+        assert a.group == b.group
+        assert torch.equal(a.rows.hidden_TH.double(), b.rows.hidden_TH)
+        assert np.array_equal(a.rows.pairs_3P, b.rows.pairs_3P)
+        assert (a.row_index is None) == (b.row_index is None)
+    total = torch.zeros(6, 8, dtype=torch.float64)
+    add_rows(total, torch.tensor([1, 4]), torch.ones(2, 8, dtype=torch.float64))
+    assert total.sum() == 16
