@@ -32,10 +32,12 @@ is about 2e-6; one wrong expert or two swapped gate weights make at least 2e-4 o
 WINDOW, FIRST_POSITION, NUM_WINDOWS, IN_FLIGHT = 128, 16, 10, 8
 PERPLEXITY_LIMIT = 0.01
 """How much perplexity may rise with expert weights of fewer bits."""
+_UNEXPLAINED = 2
+"""Wrong answers after which nobody looks for ties any more."""
 _COUNTS = ("tokens_compared", "mismatched_tokens", "near_ties", "routing_ties")
 NEAR_TIE = 1e-5
 NEAR_TIE_SHARE = 0.005
-ROUTING_TIE_SHARE = 0.05
+ROUTING_TIE_SHARE = 0.005
 """Of the answers, but one is always let pass: bench-700m has such a tie in one of some thousand sequences."""
 
 
@@ -108,21 +110,24 @@ def _ask_one(client: Client, prompt: list[int], num_tokens: int) -> Answer:
     return Answer(prompt, tokens, torch.from_numpy(np.stack(rows)), exact)
 
 
-def compare(reference: Reference, answers: list[Answer], expected_tokens: int) -> dict[str, Any]:
+def compare(
+    reference: Reference, answers: list[Answer], expected_tokens: int, look_for_ties: bool = True
+) -> dict[str, Any]:
     """Counts and differences over all answers (see the README for the keys).
 
     An answer that is not the reference's may be that of the reference where two experts tie (`Reference.others`): then
     all of its tokens and logits are compared with that one, by the same limits, and it counts as a routing tie.
     """
-    compared = mismatched = near_ties = routing_ties = 0
+    compared = mismatched = near_ties = routing_ties = unexplained = 0
     worst = 0.0
     total = total_squares = count = 0.0
     for answer in answers:
         wanted_NV = reference.logits(answer.prompt, answer.tokens)
-        if not _same(wanted_NV, answer):
+        if look_for_ties and unexplained <= _UNEXPLAINED and not _same(wanted_NV, answer):
+            unexplained += 1
             for other_NV in reference.others(answer.prompt, answer.tokens):
                 if _same(other_NV, answer):
-                    wanted_NV, routing_ties = other_NV, routing_ties + 1
+                    wanted_NV, routing_ties, unexplained = other_NV, routing_ties + 1, unexplained - 1
                     break
         compared += len(answer.tokens)
         # A missing token is a wrong one.
@@ -148,6 +153,11 @@ def compare(reference: Reference, answers: list[Answer], expected_tokens: int) -
     }
 
 
+def allowed_ties(answers: int) -> int:
+    """How many of so many answers may be right only because experts tied."""
+    return max(1, int(ROUTING_TIE_SHARE * answers))
+
+
 def _same(wanted_NV: torch.Tensor, answer: Answer) -> bool:
     tokens = torch.equal(wanted_NV.argmax(-1), torch.tensor(answer.tokens))
     return tokens and bool((wanted_NV - answer.logits_NV).abs().max() <= LOGIT_LIMIT * wanted_NV.std())
@@ -167,7 +177,7 @@ def problems(report: dict[str, Any], load: Load) -> list[str]:
         found.append(f"logits differ by {report['max_abs_logit_diff']:.3g}, more than {limit:.3g}")
     if report["near_ties"] > NEAR_TIE_SHARE * report["tokens_compared"]:
         found.append(f"{report['near_ties']} near ties: these prompts prove too little")
-    if report["routing_ties"] > max(1, ROUTING_TIE_SHARE * load.prompts):
+    if report["routing_ties"] > allowed_ties(load.prompts):
         found.append(f"{report['routing_ties']} answers are right only if experts tied: too many to be chance")
     if min(load.in_flight, load.prompts) > 1 and report["max_batch"] < 2:
         found.append("no two requests ever shared a step")

@@ -41,9 +41,9 @@ def verify(
 ) -> None:
     """Serve models and compare every token and logit with plain single-process transformers, in fp32.
 
-    Exit status 0 only if no token differs, the largest difference of logits is at most 1e-4 of their standard
-    deviation, near ties are at most 0.5 %, requests in flight together really shared steps, and every group was
-    reached over the transport that was asked for.
+    Exit status 0 only if no token differs (but where two experts tie), the largest difference of logits is at most
+    1e-4 of their standard deviation, near ties are at most 0.5 %, requests in flight together really shared steps, and
+    every group was reached over the transport that was asked for.
 
     With --expert-dtype the answers are not exact, and must say so; the exit status is 0 only if the perplexity of
     held-out text rises by less than 1 % (models with a tokenizer).
@@ -107,7 +107,7 @@ def verify(
                 "prompts": load.prompts,
                 "in_flight": load.in_flight,
                 "seed": load.seed,
-                **checks.compare(oracles[path], answers, load.tokens),
+                **checks.compare(oracles[path], answers, load.tokens, look_for_ties=not status.expert_dtype),
                 "expert_dtype": status.expert_dtype or status.dtype,
                 "expert_bytes": [group.expert_bytes for group in status.groups],
                 "cold_stalls": sum(sum(group.store.stalls) for group in status.groups),

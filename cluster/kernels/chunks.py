@@ -27,6 +27,24 @@ _COMPILED, _PAD = "chunks_compiled", 16
 Runs = Sequence[tuple[int, int]]
 
 
+def scratch_bytes(num_queries: int, num_keys: int, heads: int, kv_heads: int, dim: int) -> int:
+    """Memory that `attend_causal` takes meanwhile: for the sequence's keys, turned, and scores of each thread."""
+    return 4 * (_turned(num_keys, kv_heads, dim) + _scores(num_queries, num_keys, heads, kv_heads))
+
+
+def _turned(num_keys: int, kv_heads: int, dim: int) -> int:
+    return kv_heads * -(-num_keys // WIDE) * WIDE * dim
+
+
+def _row(num_keys: int) -> int:
+    return -(-num_keys // LANES) * LANES + _PAD
+
+
+def _scores(num_queries: int, num_keys: int, heads: int, kv_heads: int) -> int:
+    pieces = kv_heads * -(-num_queries // QUERIES)
+    return min(torch.get_num_threads(), pieces) * heads // kv_heads * ROWS * _row(num_keys)
+
+
 def attend_causal(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs, scale: float, result: torch.Tensor
 ) -> None:
@@ -34,8 +52,7 @@ def attend_causal(
 
     ``query`` is [1, heads, T, D], ``keys`` [tokens, kv heads, D] and ``values`` [tokens, kv heads, V] are the store,
     and ``runs`` the ranges in it that hold the sequence, its last T tokens included. fp32, such as
-    `cluster.kernels.attention.can_attend` has accepted; ``scale`` is positive. Takes as much memory as the
-    sequence's keys meanwhile.
+    `cluster.kernels.attention.can_attend` has accepted; ``scale`` is positive. Takes `scratch_bytes` meanwhile.
 
     Raises:
         ValueError: a position does not exist, or shapes do not fit each other.
@@ -51,10 +68,10 @@ def attend_causal(
     if not fits or not scale > 0:
         raise ValueError(f"attention of {tuple(query.shape)} over {S} tokens of {tuple(keys.shape)}")
     places = [number for run in runs for number in run]
-    turned = torch.empty(kv_heads * -(-S // WIDE) * WIDE * dim)
+    turned = torch.empty(_turned(S, kv_heads, dim), dtype=torch.float32)
     turn((keys.data_ptr(), turned.data_ptr(), S, kv_heads, dim, len(runs), *[0] * (RUNS - 7), *places))
-    row = -(-S // LANES) * LANES + _PAD
-    scores = torch.empty(torch.get_num_threads() * heads // kv_heads * ROWS * row)
+    row = _row(S)
+    scores = torch.empty(_scores(T, S, heads, kv_heads), dtype=torch.float32)
     factor, threads = ctypes.c_float(scale), ctypes.c_int64(0)
     attend(
         (

@@ -52,13 +52,15 @@ def _attend(work: Any) -> None:
     S, kv_heads, dim, runs = work[5], work[6], work[7], work[8]
     T, group, v_dim, q_row, q_head, scale = work[9], work[10], work[11], work[12], work[13], floats(work[14])[0]
     row = work[17]  # bytes of a row of scores
-    scores = work[16] + next_piece(work[15]) * group * ROWS * row  # this thread's own
+    scores = 0
     blocks, queries = (S + WIDE - 1) // WIDE, (T + QUERIES - 1) // QUERIES
     v_token, y_token = kv_heads * v_dim * 4, kv_heads * group * v_dim * 4
     while True:
         piece = next_piece(work[0])
         if piece >= kv_heads * queries:
             break
+        if scores == 0:  # this thread's own from now on; there are no more of them than pieces
+            scores = work[16] + next_piece(work[15]) * group * ROWS * row
         # The last tokens first: they see the most, and what takes longest should not be what is begun last.
         head, begin = piece % kv_heads, (queries - 1 - piece // kv_heads) * QUERIES
         keys = turned_at + head * blocks * WIDE * dim * 4

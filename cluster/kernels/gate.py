@@ -25,7 +25,7 @@ class FastGate:
     best ``count`` of their softmax, in order, [T, K], and which experts these are, int64 [T, K]."""
 
     def __init__(
-        self, own: Callable[[torch.Tensor], Chosen], weight_EH: torch.Tensor, count: int, normalise: bool, many: Team
+        self, own: Callable[..., Chosen], weight_EH: torch.Tensor, count: int, normalise: bool, many: Team
     ) -> None:
         self._own, self.weight, self._count, self._normalise = own, weight_EH, count, normalise
         self._few, self._many = alone(_COMPILED), many
@@ -49,16 +49,19 @@ class FastGate:
                 return fast
         return None
 
-    def __call__(self, hidden: torch.Tensor) -> Chosen:
-        """Of rows in fp32 on the CPU; the module's own way for any others."""
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Chosen:
+        """Of rows in fp32 on the CPU; the module's own way for any others, and for a few rows of a large gate, which
+        torch divides among threads by its outputs."""
         fits = hidden.is_cpu and hidden.dtype is torch.float32 and hidden.is_contiguous()
-        if not fits or hidden.shape[-1] != self._hidden:
-            return self._own(hidden)
+        if args or kwargs or not fits or hidden.shape[-1] != self._hidden:
+            return self._own(hidden, *args, **kwargs)
         E, H, k = self._experts, self._hidden, self._count
         T = hidden.numel() // H
-        scores_TE, shares_TE = torch.empty((T, E)), torch.empty((T, E))
-        weights_TK, index_TK = torch.empty((T, k)), torch.empty((T, k), dtype=torch.int64)
         few = T * E * H <= _FEW
+        if not few and _ROWS * torch.get_num_threads() > T:
+            return self._own(hidden)
+        scores_TE, shares_TE = (torch.empty((T, E), dtype=torch.float32) for _ in range(2))
+        weights_TK, index_TK = torch.empty((T, k), dtype=torch.float32), torch.empty((T, k), dtype=torch.int64)
         rows = max(1, T) if few else _ROWS
         places = (scores_TE.data_ptr(), shares_TE.data_ptr(), weights_TK.data_ptr(), index_TK.data_ptr())
         run = self._few if few else self._many
@@ -70,8 +73,11 @@ def _same(module: Any, fast: FastGate) -> bool:
     with torch.inference_mode():
         probe = torch.randn(2 * _ROWS, fast.weight.shape[1])
         probe[0] *= 5  # where few experts have nearly all
-        wanted = module(probe)
-        if not (isinstance(wanted, tuple) and len(wanted) == 3):
+        try:
+            wanted = module(probe)
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants something else beside
+            return False
+        if not (isinstance(wanted, tuple) and len(wanted) == 3 and all(isinstance(t, torch.Tensor) for t in wanted)):
             return False
         got = fast(probe)
         if any(a.shape != b.shape or a.dtype is not b.dtype for a, b in zip(wanted, got, strict=True)):

@@ -35,9 +35,9 @@ def _softmax(scores: Any, shares: Any, n: int) -> None:
 def _take_best(shares: Any, n: int, weights: Any, index: Any, k: int) -> None:
     """The k largest, in order, of equal ones the first; they are no longer there afterwards."""
     for place in range(k):
-        best = 0
-        for i in range(1, n):
-            if shares[i] > shares[best]:
+        best = -1
+        for i in range(n):
+            if shares[i] != _TAKEN and (best < 0 or shares[i] > shares[best]):
                 best = i
         weights[place] = shares[best]
         index[place] = best

@@ -57,7 +57,7 @@ class FastRotary:
         _, heads, T, dim = query.shape
         kv_heads = key.shape[1]
         # As what was given lies: a token's heads side by side.
-        query_to, key_to = torch.empty((1, T, heads, dim)), torch.empty((1, T, kv_heads, dim))
+        query_to, key_to = (torch.empty((1, T, num, dim), dtype=torch.float32) for num in (heads, kv_heads))
         numbers = T * (heads + kv_heads) * dim
         many = max(1, T) if numbers <= _FEW else max(1, _FEW // (4 * (heads + kv_heads) * dim))
         run = self._few if numbers <= _FEW else self._many

@@ -42,16 +42,21 @@ def divide(owner_E: Any, hidden_TH: torch.Tensor, rows_P: Any, experts_P: Any, w
         IndexError: a row, an expert or a group does not exist, or rows do not ascend.
     """
     (T, H), P, places = hidden_TH.shape, len(experts_P), num_groups + 1
+    if len(rows_P) != P or len(weight_P) != P:
+        raise IndexError(f"{P} pairs, {len(rows_P)} rows and {len(weight_P)} weights of them")
     arrays = [np.ascontiguousarray(a, np.int64) for a in (owner_E, rows_P, experts_P)]
     weight_P = np.ascontiguousarray(weight_P, np.float32)
     found = np.empty(FIRST + 4 * places, np.int64)
-    into = [(torch.empty(T, dtype=torch.int64), torch.empty((T, H)), np.empty(3 * P, np.int32)) for _ in range(places)]
+    into = [
+        (torch.empty(T, dtype=torch.int64), torch.empty((T, H), dtype=torch.float32), np.empty(3 * P, np.int32))
+        for _ in range(places)
+    ]
     where = [at for index, rows, named in into for at in (index.data_ptr(), rows.data_ptr(), named.ctypes.data)]
     given = [a.ctypes.data for a in (*arrays, weight_P)]
     sizes = (len(owner_E), P, num_groups, T, hidden_TH.data_ptr(), H, found.ctypes.data)
     alone(_COMPILED, "divide")((*given, *sizes, *where))
     state, *numbers = found[: FIRST + 2 * places].tolist()
-    if state == BAD or len(rows_P) != P or len(weight_P) != P:
+    if state == BAD:
         raise IndexError(f"{P} pairs on {T} rows, of {len(owner_E)} experts in {num_groups} groups")
     parts: Parts = []
     for number, (index, rows, named) in enumerate(into):
@@ -74,9 +79,13 @@ def can_add(total_TH: torch.Tensor, partial_TH: torch.Tensor) -> bool:
 
 
 def add(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torch.Tensor) -> None:
-    """Adds rows to those of ``total_TH`` that they belong to (int64; None: the first ones)."""
+    """Adds rows to those of ``total_TH`` that they belong to (int64, and such that exist; None: to all)."""
     (T, H), num = total_TH.shape, len(partial_TH)
-    if row_index is not None and (row_index.dtype is not torch.int64 or len(row_index) != num):
+    if row_index is None:
+        if num != T:
+            raise ValueError(f"rows: must be all {T}, got {num}")
+    elif row_index.dtype is not torch.int64 or len(row_index) != num:
         raise ValueError(f"row_index: must be {num} int64, got {len(row_index)} of {row_index.dtype}")
-    index_at = 0 if row_index is None else row_index.contiguous().data_ptr()
+    index = None if row_index is None else row_index.contiguous()  # it must live as long as the call
+    index_at = 0 if index is None else index.data_ptr()
     alone(_COMPILED, "add")((total_TH.data_ptr(), T, H, index_at, partial_TH.data_ptr(), num))

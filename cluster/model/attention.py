@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from cluster.kernels.attention import Histories, attend, can_attend
-from cluster.kernels.chunks import FEWEST, attend_causal
+from cluster.kernels.chunks import FEWEST, attend_causal, scratch_bytes
 from cluster.model.packed import Span, Step, current_step
 from cluster.model.together import Bundle
 
 PIECE_LIMIT = 2 * 1024 * 1024
 """Rows times keys of one eager call: scores of 32 heads in fp32 stay under 256 MiB."""
+SCRATCH_LIMIT = 512 * 1024**2
+"""Bytes that causal attention of a chunk may take beside; with more, torch's is used."""
 TOLERANCE = 3e-6
 """Of the largest value: what fp32 sums in another order differ by."""
 _HARMLESS = frozenset(
@@ -147,7 +149,10 @@ class _Call:
 
     def _is_causal(self, number: int, span: Span) -> bool:
         known = self._fast and self._known.causal.get(self._layer, False)
-        return known and span.num_rows >= FEWEST and self._mask.is_causal(number)
+        if not known or span.num_rows < FEWEST or not self._mask.is_causal(number):
+            return False
+        kv_heads, dim = self.batch.store.layer(self._layer)[0].shape[1:]
+        return scratch_bytes(span.num_rows, span.total, self._query.shape[1], kv_heads, dim) <= SCRATCH_LIMIT
 
     def of_bundle(self, number: int, bundle: Bundle) -> torch.Tensor:
         """[B, 1, heads, dim]."""

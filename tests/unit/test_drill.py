@@ -18,7 +18,7 @@ def answered(times_s: list[float], tokens: list[int] | None = None, error: str =
 
 
 def full_report(*answers: Answered) -> dict[str, Any]:
-    fine = {"mismatched_tokens": 0, "hedged_share": 0.0, "recovery_s": 1.0}
+    fine = {"mismatched_tokens": 0, "routing_ties": 0, "hedged_share": 0.0, "recovery_s": 1.0}
     return {**report_of(list(answers), begun_s=10.0, until_s=20.0), **fine}
 
 
@@ -44,6 +44,7 @@ def test_failed_and_short_answers_are_counted_by_what_they_failed_with() -> None
     [
         ("drop-link", {"failed": 1}, "failed"),
         ("drop-link", {"mismatched_tokens": 2}, "differ"),
+        ("drop-link", {"routing_ties": 2}, "tied"),
         ("drop-link", {"recovery_s": None}, "come back"),
         ("drop-link", {"inexact": 1}, "exact"),
         ("kill-group", {"max_token_gap_ms": 301.0}, "301 ms"),

@@ -73,6 +73,10 @@ def test_another_gate_is_left_as_it_is(kind: str) -> None:
     assert FastGate.of(Gate(16, 64, 4).half()) is None
     assert FastGate.of(Gate(16, 60, 4)) is None  # not whole registers
     assert FastGate.of(nn.Linear(64, 16)) is None
+    for forward in (lambda hidden, bias: hidden, lambda hidden: (hidden, None, hidden), lambda hidden: hidden + None):
+        gate = Gate(16, 64, 4)
+        gate.forward = forward  # type: ignore[method-assign]
+        assert FastGate.of(gate) is None
 
 
 @torch.inference_mode()
@@ -86,6 +90,7 @@ def test_a_gate_takes_the_first_of_equal_experts_and_survives_what_is_no_number(
     _, weights, index = fast(x)
     assert index[0].tolist() == index[1].tolist() == index[3].tolist() == [0, 1, 2]
     assert weights[2].isnan().any()
+    assert sorted(set(index[2].tolist())) == sorted(index[2].tolist()), "each expert once"
     assert int(index.min()) >= 0
     assert int(index.max()) < 8
 

@@ -63,8 +63,8 @@ def test_a_drill_asks_for_ties_too() -> None:
     def judged(logits: torch.Tensor) -> dict[str, int]:
         return mismatches(reference, [[1, 2]], [known], [Answered(0, 5, tokens=logits.argmax(-1).tolist())])
 
-    assert judged(one) == {"mismatched_tokens": 0, "near_tie_answers": 0}
-    assert judged(other) == {"mismatched_tokens": 0, "near_tie_answers": 1}
+    assert judged(one) == {"mismatched_tokens": 0, "near_tie_answers": 0, "routing_ties": 0}
+    assert judged(other) == {"mismatched_tokens": 0, "near_tie_answers": 0, "routing_ties": 1}
     assert judged(third)["mismatched_tokens"] > 0
     assert judged(third)["near_tie_answers"] == 0
 

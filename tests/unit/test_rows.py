@@ -64,9 +64,11 @@ def test_rows_are_added_to_their_own(num: int) -> None:
     assert can_add(total, partial)
     add(total, index, partial)
     assert torch.allclose(total, wanted)
-    wanted[:num] += partial
-    add(total, None, partial)
-    assert torch.allclose(total, wanted)
+    whole = torch.randn(7, 33)
+    add(total, None, whole)
+    assert torch.allclose(total, wanted + whole)
+    with pytest.raises(ValueError, match="all 7"):
+        add(total, None, whole[:6])
     with pytest.raises(ValueError, match="row_index"):
         add(total, index.int(), partial)
 
