@@ -169,7 +169,7 @@ def _verify_table(runs: list[dict[str, Any]]) -> None:
         "tokens",
         "different",
         "logit difference / std",
-        "near ties + of experts",
+        "near ties",
         "largest batch",
         "verdict",
     )
@@ -182,8 +182,16 @@ def _verify_table(runs: list[dict[str, Any]]) -> None:
             str(run["tokens_compared"]),
             str(run["mismatched_tokens"]),
             f"{ratio:.1e}",
-            f"{run['near_ties']} + {run['routing_ties']}",
+            str(run["near_ties"] + run["routing_ties"]),
             str(run["max_batch"]),
-            _verdict(run) if run["ok"] else f"[red]{'; '.join(run['problems'])}[/red]",
+            "[red]failed[/red]" if not run["ok"] else "exact" if run["exact"] else "not exact",
         )
     stdout.print(table)
+    # In a column these would be a word a line.
+    for run in runs:
+        if not run["ok"]:
+            stdout.print(
+                f"[red]{run['arch']}, {run['groups']} groups: {'; '.join(run['problems'])}[/red]", soft_wrap=True
+            )
+        elif not run["exact"]:
+            stdout.print(f"{run['arch']}, {run['groups']} groups: {_verdict(run)}", soft_wrap=True)
