@@ -38,7 +38,7 @@ _COUNTS = ("tokens_compared", "mismatched_tokens", "near_ties", "routing_ties")
 NEAR_TIE = 1e-5
 NEAR_TIE_SHARE = 0.005
 ROUTING_TIE_SHARE = 0.005
-"""Of the answers, but one is always let pass: bench-700m has such a tie in one of some thousand sequences."""
+"""Of the answers, but one is always let pass: of 325 sequences of bench-700m, 160 tokens each, one had such a tie."""
 
 
 @dataclass(frozen=True, slots=True)
