@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.core import Clock, LayerCall, Order
+from cluster.core import Clock, LayerCall, Order, Priority
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded, Unavailable
 from cluster.experts.loads import LoadNotes
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
@@ -30,6 +30,7 @@ Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
 OnOrder = Callable[[Order], None]
+_PREFILL = int(Priority.PREFILL)
 MAX_LAYERS = 4096
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
 MAX_ROUNDS = 64
@@ -167,9 +168,12 @@ class ExpertHost:
         """Reads what the sockets have; waits for it, or for a call, when nothing is queued."""
         with self._lock:
             self._asleep = not self._heap and not self._closed
-        wait_s = 1.0 if self._asleep else 0.0
+        waits, slept = self._asleep, False
         for _ in range(MAX_ROUNDS):
-            events = self._epoll.poll(wait_s)
+            events = self._epoll.poll(0.0)
+            if not events and waits:
+                events, slept = self._epoll.poll(1.0), True
+            waits = False
             self._asleep = False
             if not events:
                 return
@@ -182,7 +186,8 @@ class ExpertHost:
                         ready(event)
                     except Exception:
                         log.exception("reading a local socket failed")
-            wait_s = 0.0
+            if slept and self._heap and self._heap[0][0] < _PREFILL:
+                return  # nothing has piled up behind a call that has just come, and nothing is more urgent
 
     def _answer(self, queued_s: float, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
         started_s = self._clock()

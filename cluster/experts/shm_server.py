@@ -36,6 +36,7 @@ from cluster.transport.codec import (
     call_id_of,
     decode_call_id,
     decode_form,
+    decode_go,
     decode_ids,
     decode_order,
     on_cpu,
@@ -43,11 +44,12 @@ from cluster.transport.codec import (
     rows_over,
 )
 from cluster.transport.handshake import decode_hello, encode_welcome
+from cluster.transport.mapped import SEALS, copy_out, map_memory
 from cluster.transport.replies import (
     encode_error,
     reply_header,
 )
-from cluster.transport.shm import FRAME_BYTES, MEMORY_BYTES, NONCE_BYTES, SEALS, copy_out, map_memory
+from cluster.transport.shm import FRAME_BYTES, MEMORY_BYTES, NONCE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +169,27 @@ def _memory_problem(fds: list[int], hello: links_pb2.Hello | None) -> str:
     return "" if sealed else "the memory must be sealed against changes of its size"
 
 
+class _Known:
+    """The form of a call's payload, and views of it. The same blocks are used again and again for calls of the same
+    shape, and checking a form and making views takes longer than reading them, so all are kept."""
+
+    __slots__ = ("_pairs", "_rows_TH", "form")
+
+    def __init__(self, form: CallForm, rows_TH: torch.Tensor) -> None:
+        self.form, self._rows_TH = form, rows_TH
+        self._pairs: dict[int, LayerRows] = {}
+
+    def rows(self, memory: Bytes, num_pairs: int) -> LayerRows:
+        """With so many pairs."""
+        rows = self._pairs.get(num_pairs)
+        if rows is None:
+            if len(self._pairs) >= MAX_FORMS:
+                self._pairs.clear()
+            rows = LayerRows(self._rows_TH, pairs_over(memory, num_pairs, self.form.pairs_offset))
+            self._pairs[num_pairs] = rows
+        return rows
+
+
 class _Peer:
     """One router's link."""
 
@@ -185,8 +208,8 @@ class _Peer:
         self.calls: dict[int, _ShmReply] = {}
         self._frame = bytearray(FRAME_BYTES)
         self._view = memoryview(self._frame)
-        self._forms: dict[bytes, tuple[CallForm, torch.Tensor]] = {}
-        self._ahead: dict[int, tuple[LayerCall, LayerRows, _ShmReply]] = {}
+        self._forms: dict[tuple[bytes, int], _Known] = {}
+        self._ahead: dict[int, tuple[LayerCall, bytes, int, _ShmReply]] = {}
         self._send_lock = threading.Lock()
         self._backlog: deque[bytes] = deque()
         self._gone = False
@@ -206,15 +229,20 @@ class _Peer:
     def _ready(self, _events: int) -> None:
         if self._backlog:
             self._flush()
+        if self._read():  # behind a header that went ahead its go is mostly there by the time that it has been read
+            self._read()
+
+    def _read(self) -> bool:
+        """One packet; whether it was a header that went ahead."""
         try:
             size = self._socket.recv_into(self._frame)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             size = 0
         if not size:
             self.drop()
-            return
+            return False
         frame = self._view[:size]
         kind = 0
         try:
@@ -222,14 +250,12 @@ class _Peer:
                 order, frame = decode_order(frame)
                 self._host.order(order)
                 if not frame:
-                    return
+                    return False
             kind = frame[0]
             if kind == _CALL:
-                self._take(frame)
-            elif kind == _GO:
-                ready = self._ahead.pop(decode_call_id(frame), None)
-                if ready is not None:
-                    self._host.submit(*ready)
+                return self._take(frame)
+            if kind == _GO:
+                self._go(*decode_go(frame))
             elif kind == _CANCEL:
                 cancelled = self.calls.get(decode_call_id(frame))
                 if cancelled is not None:
@@ -244,29 +270,47 @@ class _Peer:
             else:
                 log.warning("local link ended: %s", exc)
                 self.drop()
+        return False
 
-    def _take(self, frame: memoryview) -> None:
-        # The same blocks are used again and again for calls of the same shape, and checking a form and making views of
-        # its rows takes longer than reading it, so both are kept.
+    def _take(self, frame: memoryview) -> bool:
         key = bytes(frame[:FORM_BYTES])
-        known = self._forms.get(key)
-        if known is None:
-            known = self._look_at(key)
-            if len(self._forms) >= MAX_FORMS:
-                self._forms.clear()
-            self._forms[key] = known
-        form, hidden_TH = known
+        known = self._known(key, -1)
+        form = known.form
         call, num_pairs = decode_ids(frame)
-        first, last = form.pairs_offset, form.pairs_offset + PAIR_BYTES * num_pairs
-        if last > self._memory.size:
+        if form.pairs_offset + PAIR_BYTES * num_pairs > self._memory.size:
             raise InvalidArgument("num_pairs", num_pairs, "they must be inside this link's memory")
-        rows = LayerRows(hidden_TH, pairs_over(self._memory, num_pairs, first))
         pending = _ShmReply(self, call, form)
         self.calls[call.call_id] = pending
         if form.placement is Placement.AHEAD:
-            self._ahead[call.call_id] = (call, rows, pending)
-        else:
-            self._host.submit(call, rows, pending)
+            self._ahead[call.call_id] = (call, key, num_pairs, pending)
+            return True
+        self._host.submit(call, known.rows(self._memory, num_pairs), pending)
+        return False
+
+    def _go(self, call_id: int, num_rows: int, num_pairs: int) -> None:
+        ready = self._ahead.pop(call_id, None)
+        if ready is None:
+            return  # cancelled
+        call, key, most, pending = ready
+        if num_pairs > most:
+            raise InvalidArgument("num_pairs", num_pairs, f"the call's header says {most}")
+        known = self._known(key, num_rows)
+        pending.form = known.form
+        self._host.submit(call, known.rows(self._memory, num_pairs), pending)
+
+    def _known(self, key: bytes, num_rows: int) -> _Known:
+        """What a header says, of its first rows (-1: all)."""
+        found = self._forms.get((key, num_rows))
+        if found is None:
+            form, rows_TH = self._look_at(key)
+            if num_rows > form.num_tokens:
+                raise InvalidArgument("num_rows", num_rows, f"the call's header says {form.num_tokens}")
+            if num_rows >= 0:
+                form, rows_TH = form.with_rows(num_rows), rows_TH[:num_rows]
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            found = self._forms[key, num_rows] = _Known(form, rows_TH)
+        return found
 
     def _look_at(self, key: bytes) -> tuple[CallForm, torch.Tensor]:
         form = decode_form(key)
@@ -337,10 +381,10 @@ class _ShmReply(PendingReply):
     """Goes back over the peer as soon as it is there. Nobody waits for it, so taking it from the peer's calls is all
     that decides who answers first."""
 
-    __slots__ = ("_form", "_peer")
+    __slots__ = ("_peer", "form")
 
     def __init__(self, peer: _Peer, call: LayerCall, form: CallForm) -> None:
-        self._peer, self.call, self._form = peer, call, form
+        self._peer, self.call, self.form = peer, call, form
 
     def done(self) -> bool:
         return self.call.call_id not in self._peer.calls
@@ -348,7 +392,7 @@ class _ShmReply(PendingReply):
     def resolve(self, reply: LayerReply, answered_s: float | None = None) -> bool:
         if self._peer.calls.pop(self.call.call_id, None) is None:
             return False
-        self._peer.answer(self.call.call_id, self._form, reply)
+        self._peer.answer(self.call.call_id, self.form, reply)
         return True
 
     def fail(self, error: ExpertMeshError) -> bool:

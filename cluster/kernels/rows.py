@@ -6,6 +6,7 @@ A decode step does it in every layer, between two products that leave nothing of
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,28 +45,60 @@ def divide(owner_E: Any, hidden_TH: torch.Tensor, rows_P: Any, experts_P: Any, w
     (T, H), P, places = hidden_TH.shape, len(experts_P), num_groups + 1
     if len(rows_P) != P or len(weight_P) != P:
         raise IndexError(f"{P} pairs, {len(rows_P)} rows and {len(weight_P)} weights of them")
-    arrays = [np.ascontiguousarray(a, np.int64) for a in (owner_E, rows_P, experts_P)]
+    owner_E, rows_P, experts_P = (np.ascontiguousarray(a, np.int64) for a in (owner_E, rows_P, experts_P))
     weight_P = np.ascontiguousarray(weight_P, np.float32)
-    found = np.empty(FIRST + 4 * places, np.int64)
     into = [
         (torch.empty(T, dtype=torch.int64), torch.empty((T, H), dtype=torch.float32), np.empty(3 * P, np.int32))
         for _ in range(places)
     ]
     where = [at for index, rows, named in into for at in (index.data_ptr(), rows.data_ptr(), named.ctypes.data)]
-    given = [a.ctypes.data for a in (*arrays, weight_P)]
-    sizes = (len(owner_E), P, num_groups, T, hidden_TH.data_ptr(), H, found.ctypes.data)
-    alone(_COMPILED, "divide")((*given, *sizes, *where))
-    state, *numbers = found[: FIRST + 2 * places].tolist()
-    if state == BAD:
-        raise IndexError(f"{P} pairs on {T} rows, of {len(owner_E)} experts in {num_groups} groups")
+    pairs_at = rows_P.ctypes.data, experts_P.ctypes.data, weight_P.ctypes.data
+    shares = divide_into(Owners(owner_E, None), hidden_TH, pairs_at, P, where)
     parts: Parts = []
-    for number, (index, rows, named) in enumerate(into):
-        pairs, count = numbers[number], numbers[places + number]
+    for number, ((index, rows, named), (pairs, count, _)) in enumerate(zip(into, shares, strict=True)):
         if pairs:
             pairs_3P = named[: 3 * pairs].reshape(3, pairs)
             whole = count == T
             parts.append((number - 1, None if whole else index[:count], hidden_TH if whole else rows[:count], pairs_3P))
     return parts
+
+
+class Owners:
+    """The group of each expert (int64 [E], -1: nobody), and perhaps another one that holds it (-1: none). Where there
+    are two, the experts that are wanted go one by one to whichever of both has fewer so far."""
+
+    def __init__(self, first_E: Any, second_E: Any) -> None:
+        self._kept = first_E, second_E
+        self.num_experts = len(first_E)
+        self.first_at: int = first_E.ctypes.data
+        self.second_at: int = 0 if second_E is None else second_E.ctypes.data
+
+
+def divide_into(
+    owners: Owners,
+    hidden_TH: torch.Tensor,
+    pairs_at: tuple[int, int, int],
+    num_pairs: int,
+    where: Sequence[int],
+) -> list[tuple[int, int, int]]:
+    """As `divide`, from addresses and to addresses: ``pairs_at`` are those of rows, experts and weights of the pairs,
+    and ``where`` has three for each group, from -1 on: for its rows' numbers (int64 [T]), its rows (fp32 [T, H]) and
+    its pairs (int32 [3, p] of 3 P numbers), 0 where it cannot have any. Pairs, rows and experts of each group, likewise
+    from -1 on.
+
+    Raises:
+        IndexError: as `divide`, or a group has pairs and no place.
+    """
+    (T, H), places, E = hidden_TH.shape, len(where) // 3, owners.num_experts
+    found = np.empty(FIRST + 5 * places + 2 * E, np.int64)
+    found_at: int = found.ctypes.data
+    given = (owners.first_at, *pairs_at, E, num_pairs, places - 1, T, hidden_TH.data_ptr(), H)
+    run = alone(_COMPILED, "divide")
+    run((*given, found_at, owners.second_at, found_at + 8 * (FIRST + 5 * places), *where))
+    state, *numbers = found[: FIRST + 3 * places].tolist()
+    if state == BAD:
+        raise IndexError(f"{num_pairs} pairs on {T} rows, of {E} experts in {places - 1} groups")
+    return list(zip(numbers[:places], numbers[places : 2 * places], numbers[2 * places :], strict=True))
 
 
 def can_add(total_TH: torch.Tensor, partial_TH: torch.Tensor) -> bool:

@@ -83,37 +83,39 @@ class Caller:
         cost = self.speeds.cost()
         return self._fabric.choose(layer, experts_P, decode, cost, self.speeds.handicaps())
 
+    def all_alike(self) -> bool:
+        """No group is known to be slower than another."""
+        return not self.speeds.cost() and not self.speeds.handicaps()
+
     def whose(self, layer: int, part: Part) -> GroupId:
         """The group of a part; where no living one holds its experts, the one that did last."""
         if part.group >= 0:
             return part.group
         return self._fabric.last_owner(layer, int(part.rows.pairs_3P[1, 0]))
 
+    def call(self, step: StepContext, layer: int, priority: Priority, traceparent: str = "") -> LayerCall:
+        """A new call under the newest table."""
+        table = self._fabric.membership.table
+        timeout_ms = int(self.call_timeout_s * 1000)
+        call_id, step_id = next(self._call_ids), step.step_id
+        return LayerCall(call_id, step_id, layer, table.epoch, table.version, priority, timeout_ms, traceparent)
+
     def send(
         self, step: StepContext, layer: int, parts: list[Part], priority: Priority, traceparent: str = ""
     ) -> float:
         """Sends what can be sent; seconds that were spent on groups that could not be reached."""
-        table = self._fabric.membership.table
         failing_s = 0.0
         for part in parts:
             began_s = self._clock()
-            call = LayerCall(
-                call_id=next(self._call_ids),
-                step_id=step.step_id,
-                layer=layer,
-                table_epoch=table.epoch,
-                table_version=table.version,
-                priority=priority,
-                timeout_ms=int(self.call_timeout_s * 1000),
-                traceparent=traceparent,
-            )
+            call = part.call or self.call(step, layer, priority, traceparent)
             self.speeds.sent()
             try:
                 if part.group < 0:
                     raise Unavailable(f"no living group holds {_names(layer, part)}")
                 if self.watches:
                     part.covered = self._fabric.covered(layer, part.rows.pairs_3P[1], part.group)
-                part.link = self._fabric.link(part.group)
+                if part.link is None:
+                    part.link = self._fabric.link(part.group)
                 part.pending = part.link.submit(call, part.rows, self._limit(part))
             except ExpertMeshError as exc:
                 part.error = exc
@@ -148,6 +150,7 @@ class Caller:
         assert error is not None
         if not isinstance(error, RETRIED):
             raise InternalError(f"{_names(layer, part)}: {error}") from error
+        part.keep_rows()
         cancel_unanswered([part])
         part.failed = f"{type(error).__name__}: {error}"
         log.warning("layer %d: call to group %d failed (%s); sending it again", layer, part.group, error)

@@ -36,6 +36,10 @@ class LayerCopies:
         self._all_several = bool(several_E.all())
         self._second_E = np.array([groups[1] if len(groups) > 1 else -1 for groups in self._owners], np.int64)
         self._pairs_only = max((len(groups) for groups in self._owners), default=0) <= 2
+        self.groups = tuple(sorted({group for groups in self._owners for group in groups}))
+        """That hold any."""
+        self.second_E = self._second_E if self._pairs_only else None
+        """The second group of each expert, -1 where there is none; None where one has more."""
 
     def choose(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from cluster.core import Clock, Deadline, Order, Priority
 from cluster.errors import ExpertMeshError
 from cluster.routing.caller import Caller, cancel_unanswered
 from cluster.routing.fabric import Fabric
+from cluster.routing.place import place
 from cluster.routing.prediction import chances
 from cluster.routing.split import Floats, Ints, Part, add_rows, split
 from cluster.routing.step import StepContext
@@ -65,15 +67,19 @@ class Dispatcher:
         num_tokens, experts_per_token = index_TK.shape
         rows_P = self._rows(num_tokens, experts_per_token)
         experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
-        weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
         if self._count is not None:
             self._count(layer, experts_P, num_tokens, step.priority)
         local_TH = hidden_TH.to(self._dtype)
         caller, decode = self._caller, step.priority is Priority.DECODE
-        owner_E = caller.owners(layer, experts_P, decode)
-        parts = split(owner_E, local_TH, rows_P, experts_P, weight_P, experts_per_token)
         times = LayerTimes(layer, started_s) if step.detail is not None else None
         traceparent = step.detail.open(times) if step.detail is not None and times is not None else ""
+        new_call = partial(caller.call, step, layer, step.priority, traceparent)
+        rows = local_TH, index_TK, weight_TK
+        parts = place(self._fabric, caller, layer, rows, rows_P, decode, new_call)
+        if parts is None:
+            owner_E = caller.owners(layer, experts_P, decode)
+            weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
+            parts = split(owner_E, local_TH, rows_P, experts_P, weight_P, experts_per_token)
         failing_s = caller.send(step, layer, parts, step.priority, traceparent)
         sent_s = now_s = self._clock()
         # Groups in this process have computed in the meantime: that is theirs.
@@ -97,10 +103,10 @@ class Dispatcher:
                     reply = caller.reply(step, layer, part, decode, waiting)
                 except ExpertMeshError:
                     spent_s = self._clock() - from_s
-                    whose, rows = self._caller.whose(layer, part), part.rows.hidden_TH.shape[0]
+                    whose, num_rows = self._caller.whose(layer, part), part.rows.hidden_TH.shape[0]
                     step.ledger.wait(whose, layer, Stage.FAILOVER, spent_s)
                     step.events.append(
-                        StepEvent("failover", from_s, spent_s, whose, layer, tokens=rows, cause=part.failed)
+                        StepEvent("failover", from_s, spent_s, whose, layer, tokens=num_rows, cause=part.failed)
                     )
                     account(step.ledger, layer, answers)
                     if step.detail is not None and times is not None:
@@ -172,12 +178,11 @@ class Dispatcher:
     def _learn(self, step: StepContext, part: Part, pending: PendingReply, reply: LayerReply) -> None:
         if not pending.done() or pending.failed():
             return  # another copy answered
-        experts = int(np.count_nonzero(np.bincount(part.rows.pairs_3P[1])))
         self._caller.speeds.answered(
             part.group,
             step.priority is Priority.DECODE,
             part.rows.hidden_TH.shape[0],
-            experts,
+            part.count_experts(),
             reply.compute_s,
             pending.answered_s - pending.sent_s,
         )

@@ -162,6 +162,10 @@ class Fabric:
         that are doubted only where nobody else holds the expert."""
         return self._layer(layer).choose(experts_P, decode, cost, handicaps)
 
+    def copies(self, layer: int) -> LayerCopies:
+        """Who holds the experts of a layer and is not doubted, or is all there is."""
+        return self._layer(layer)
+
     def covered(self, layer: int, experts_P: Any, group: GroupId) -> bool:
         """All of these experts have a living copy elsewhere."""
         others = self._layer(layer, group)
@@ -247,6 +251,15 @@ class Fabric:
         """The group that holds an expert, or held it last; 0 if nobody ever did."""
         with self._lock:
             return max(0, int(self._last_owner_LE[layer][expert]))
+
+    def up(self, group: GroupId) -> Transport | None:
+        """The link to a group as it is now, broken perhaps; None where there is none, or only one to another process
+        than the table means. Never waits."""
+        with self._lock:
+            info = self._membership.groups.get(group)
+            if info is None or self._incarnations.get(group) != info.incarnation:
+                return None
+            return self._links.get(group)
 
     def link(self, group: GroupId) -> Transport:
         """The link to a group; made when there is none.

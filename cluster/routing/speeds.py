@@ -56,7 +56,7 @@ class Speeds:
         self._paces: dict[GroupId, _Pace] = {}
         self.calls = self.hedges = self._asked = 0
         self._credit = 0.0
-        self._cost: dict[GroupId, float] = {}
+        self._cost: dict[GroupId, float] | None = None
         self._handicaps: dict[GroupId, float] | None = None
         self._usual: tuple[float, float] | None = None
         self._forgives = False
@@ -68,12 +68,11 @@ class Speeds:
             weight = max(_MEMORY if trip_s > pace.trip_s / 2 else _FASTER, 1 / (1 + pace.answers))
             pace.answers, pace.beaten = pace.answers + 1, 0
             pace.expert_s += (compute_s / max(1, experts) - pace.expert_s) * weight
-            self._cost.clear()
             pace.deviation_s += (abs(trip_s - pace.trip_s) - pace.deviation_s) * weight
             pace.trip_s += (trip_s - pace.trip_s) * weight
             pace.beside_s += (max(0.0, trip_s - compute_s) - pace.beside_s) * weight
             if pace.answers % _LOOKS == 0:
-                self._handicaps = self._usual = None
+                self._cost = self._handicaps = self._usual = None
         else:
             pace.row_s += (compute_s / max(1, rows) - pace.row_s) * (_MEMORY if pace.row_s else 1.0)
 
@@ -96,22 +95,23 @@ class Speeds:
     def gone(self, group: GroupId) -> None:
         """Whoever comes back under this number is somebody else."""
         self._paces.pop(group, None)
-        self._cost.clear()
-        self._handicaps = self._usual = None
+        self._cost = self._handicaps = self._usual = None
 
     def cost(self) -> dict[GroupId, float]:
         """What an expert costs each group relative to the cheapest one, in steps of a half: below that it is noise, and
-        choices would differ from step to step for nothing."""
+        choices would differ from step to step for nothing. Empty where all cost the same."""
         self._asked += 1
         self._forgives = self._asked % _FORGIVES == 0
         if self._forgives:
             return {}
-        if not self._cost:
+        if self._cost is None:
+            self._cost = {}
             known = {group: pace.expert_s for group, pace in self._paces.items() if pace.answers >= _WARM}
             least = min((each for each in known.values() if each > 0), default=0.0)
             if least and len(known) > 1:
                 steps = {group: round(2 * each / least) / 2 for group, each in known.items()}
-                self._cost = {group: max(1.0, step) if step > 1.5 else 1.0 for group, step in steps.items()}
+                if max(steps.values()) > 1.5:
+                    self._cost = {group: max(1.0, step) if step > 1.5 else 1.0 for group, step in steps.items()}
         return self._cost
 
     def handicaps(self) -> dict[GroupId, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.core import GroupId
+from cluster.core import GroupId, LayerCall
 from cluster.errors import ExpertMeshError
 from cluster.kernels.rows import add, can_add, can_divide, divide
 from cluster.transport.base import LayerRows, PendingReply, Transport
@@ -34,6 +34,21 @@ class Part:
     """When it was sent, all its experts had another copy that answers."""
     failed: str = ""
     """Why the call was sent again."""
+    num_experts: int = 0
+    """That its pairs name; 0 where nobody has counted."""
+    call: LayerCall | None = None
+    """Where its link has been told of it already: its rows are memory of this link then, and another call's once this
+    one has been answered or cancelled."""
+
+    def count_experts(self) -> int:
+        """That its pairs name."""
+        return self.num_experts or int(np.count_nonzero(np.bincount(self.rows.pairs_3P[1])))
+
+    def keep_rows(self) -> None:
+        """Makes the rows the part's own. To be called before its call is cancelled, if they are wanted afterwards."""
+        if self.call is not None:
+            self.rows = LayerRows(self.rows.hidden_TH.clone(), self.rows.pairs_3P.copy())
+            self.call = None
 
 
 def split(

@@ -28,7 +28,7 @@ from cluster.errors import (
 )
 from cluster.transport.base import LayerRows, Pairs
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 """Larger calls are split by the dispatcher (see `max_rows`)."""
 _HEADROOM_BYTES = 1024 * 1024
@@ -80,7 +80,8 @@ class Placement(enum.IntEnum):
     ANNOUNCED = 2
     """Sent by the link's process group, in the order of the announcements."""
     AHEAD = 3
-    """As shared, but the header goes ahead: nothing may be read before a GO with the same call id."""
+    """As shared, but the header goes ahead: nothing may be read before a GO with the same call id, which says how many
+    of the rows and pairs that there is room for are meant."""
 
 
 # A call's header: the form of its payload (kind, dtype, placement, 0; T, H; where rows, pairs and reply are), which is
@@ -91,6 +92,7 @@ FORM_BYTES = _FORM.size
 CALL_BYTES = _FORM.size + _IDS.size
 _AT = FORM_BYTES
 _CALL_ID = struct.Struct("<BQ")
+_GO = struct.Struct("<BQ2I")
 _ORDER = struct.Struct("<B3x2IQ")
 
 
@@ -106,6 +108,12 @@ class CallForm(NamedTuple):
     reply_offset: int
     rows_bytes: int
     reply_bytes: int
+
+    def with_rows(self, num_rows: int) -> CallForm:
+        """Of so many rows only, where they are."""
+        elements = num_rows * self.hidden_size
+        size = elements * self.dtype.itemsize
+        return self._replace(num_tokens=num_rows, rows_bytes=size, reply_bytes=4 * elements)
 
 
 def aligned(num_bytes: int) -> int:
@@ -309,13 +317,25 @@ def decode_order(frame: bytes | memoryview) -> tuple[Order, memoryview]:
     return Order(step_id, layer, bytes(frame[_ORDER.size : size])), memoryview(frame)[size:]
 
 
-def encode_go(call_id: int) -> bytes:
-    """Says that the rows of a call whose header went ahead are there."""
-    return _CALL_ID.pack(_KIND_GO, call_id)
+def encode_go(call_id: int, num_rows: int, num_pairs: int) -> bytes:
+    """Says that so many rows and pairs of a call whose header went ahead are there."""
+    return _GO.pack(_KIND_GO, call_id, num_rows, num_pairs)
+
+
+def decode_go(frame: bytes | bytearray | memoryview) -> tuple[int, int, int]:
+    """Call id, rows and pairs.
+
+    Raises:
+        InvalidArgument: the frame has another length.
+    """
+    if len(frame) != _GO.size:
+        raise InvalidArgument("frame", len(frame), f"a go has {_GO.size} bytes")
+    _, call_id, num_rows, num_pairs = _GO.unpack_from(frame)
+    return call_id, num_rows, num_pairs
 
 
 def decode_call_id(frame: bytes | bytearray | memoryview) -> int:
-    """The id of the call that a cancellation or a go is for.
+    """The id of the call that a cancellation is for.
 
     Raises:
         InvalidArgument: the frame is cut.

@@ -31,6 +31,9 @@ class InprocTransport:
         self._handler.submit(call, rows, pending)
         return pending
 
+    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> None:
+        """See `Transport`."""
+
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`."""
         self._handler.cancel(pending)

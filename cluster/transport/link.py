@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
 from cluster.errors import ExpertMeshError, LinkBroken
-from cluster.transport.base import LayerRows, PendingReply, Transport
+from cluster.transport.base import LayerRows, PendingReply, Room, Transport
 from cluster.transport.choice import BASE, Candidate, explain
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,11 @@ class Link:
             except LinkBroken as exc:
                 self._fall_back(best, str(exc))
         return self._base.submit(call, rows, deadline)
+
+    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> Room | None:
+        """See `Transport`."""
+        best = self._best
+        return None if best is None else best.room(call, num_tokens, hidden_size, num_pairs)
 
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`."""

@@ -12,7 +12,6 @@ That both ends are on one host is proved, not believed: the group reads a nonce 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
@@ -43,13 +42,14 @@ from cluster.transport.codec import (
     on_cpu,
 )
 from cluster.transport.handshake import decode_welcome, encode_hello
+from cluster.transport.mapped import SEALS, copy_out, map_memory
 from cluster.transport.orders import WaitingOrders
 from cluster.transport.replies import (
     decode_reply_head,
     decode_times,
     raise_for_status,
 )
-from cluster.transport.slot import Slot
+from cluster.transport.slot import Answered, Slot, SlotRoom
 
 _FP32 = np.dtype("<f4")
 MEMORY_BYTES = 1024**3
@@ -61,29 +61,16 @@ REUSED_BYTES = 512 * 1024
 NONCE_BYTES = 32
 FRAME_BYTES = 64 * 1024
 TICK_S = 0.05
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-"""The memory can neither shrink nor grow under the other end, which would be a SIGBUS there."""
-
-
-def map_memory(fd: int, size: int) -> mmap.mmap:
-    """Maps shared memory for reading and writing."""
-    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def copy_out(tensor: torch.Tensor, address: int, num_bytes: int) -> None:
-    """Copies a contiguous CPU tensor to an address of this process that has room for it, without torch's and numpy's
-    overhead for a call, which is more than the copy of a few rows takes."""
-    ctypes.memmove(address, tensor.data_ptr(), num_bytes)
 
 
 class _PumpedReply(PendingReply):
     """A reply whose waiter reads the socket. ``partial_TH``, once it is there, owns the slot."""
 
-    __slots__ = ("link", "partial_TH", "slot")
+    __slots__ = ("answered", "link", "partial_TH", "slot")
 
-    def __init__(self, link: ShmTransport, call: LayerCall, slot: Slot) -> None:
+    def __init__(self, link: ShmTransport, call: LayerCall, slot: Slot, answered: Answered) -> None:
         super().__init__(link.group, call, link.clock, latched=False)
-        self.link, self.slot = link, slot
+        self.link, self.slot, self.answered = link, slot, answered
         self.partial_TH: torch.Tensor | None = None
 
     def _wait(self, deadline: Deadline) -> None:
@@ -119,6 +106,7 @@ class ShmTransport:
         self._turn = threading.Condition()
         self._num_followers = 0
         self._orders = WaitingOrders()
+        self._rooms: dict[int, SlotRoom] = {}  # by call, from when they are taken to when it is sent
         self._frame = bytearray(FRAME_BYTES)
         self._view = memoryview(self._frame)
         fd = os.memfd_create(f"expertmesh-link-{group}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -136,7 +124,7 @@ class ShmTransport:
             os.close(fd)
         memory = np.frombuffer(self._map, np.uint8)
         self._memory = LeasedMemory(memory, NONCE_BYTES, KEPT_BYTES, self._trim)
-        self._base = memory.ctypes.data
+        self._bytes, self._base = memory, memory.ctypes.data
         # Reading blocks in the kernel for a tick at most, which spares a call of poll; sending never blocks.
         self._socket.setblocking(True)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(TICK_S * 1e6)))
@@ -173,27 +161,28 @@ class ShmTransport:
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         """See `Transport`."""
         hidden_TH, pairs_3P = rows
-        if not (hidden_TH.is_cpu and hidden_TH.is_contiguous()):
-            hidden_TH = on_cpu(hidden_TH)
-        num_pairs = pairs_3P.shape[1]
-        kind = (hidden_TH.shape, hidden_TH.dtype, num_pairs.bit_length())
+        num_rows, num_pairs = hidden_TH.shape[0], pairs_3P.shape[1]
+        room = self._rooms.pop(call.call_id, None) if self._rooms else None
+        slot: Slot
+        if room is not None:
+            slot, answered, frame = room, room.answered_with(num_rows), encode_go(call.call_id, num_rows, num_pairs)
+        else:
+            slot = self._slot(hidden_TH, num_pairs, deadline)
+            answered, frame = slot.answered, self._orders.take(call) + slot.header + encode_ids(call, num_pairs)
         try:
-            slot = self._memory.home(kind).pop()
-        except IndexError:
-            slot = self._new_slot(kind, deadline)
-        header = self._orders.take(call) + slot.form + encode_ids(call, num_pairs)
-        try:
-            if slot.ahead:
-                # The group wakes up and reads the header while the rows are copied; it cannot answer before the go.
-                self._send(header, deadline)
-                header = encode_go(call.call_id)
-            copy_out(hidden_TH, slot.address, slot.rows_bytes)
-            if num_pairs:
-                self._map[slot.pairs_offset : slot.pairs_offset + PAIR_BYTES * num_pairs] = pairs_3P.data
+            if room is None:
+                if slot.ahead:
+                    # The group wakes up and reads the header while rows are copied; it cannot answer before the go.
+                    self._send(frame, deadline)
+                    frame = encode_go(call.call_id, num_rows, num_pairs)
+                rows_TH = on_cpu(hidden_TH)
+                copy_out(rows_TH, slot.address, slot.rows_bytes)
+                if num_pairs:
+                    self._map[slot.pairs_offset : slot.pairs_offset + PAIR_BYTES * num_pairs] = pairs_3P.data
             # Setting and popping are atomic, and whoever breaks the link says so before it looks at who waits.
-            pending = self._waiting[call.call_id] = _PumpedReply(self, call, slot)
+            pending = self._waiting[call.call_id] = _PumpedReply(self, call, slot, answered)
             if self.broken is None:
-                self._send(header, deadline)
+                self._send(frame, deadline)
         except DeadlineExceeded as exc:
             # Half a call is out, perhaps: nobody knows what the group makes of its memory.
             self._break(LinkBroken(str(exc)))
@@ -203,14 +192,60 @@ class ShmTransport:
         # The group is at work now: what the answer needs is made meanwhile, unless somebody reads answers already.
         if self._reader.acquire(blocking=False):
             if call.call_id in self._waiting:
-                pending.partial_TH = self._lease(slot)
+                pending.partial_TH = self._lease(slot, answered)
             self._reader.release()
             if self._num_followers:
                 self._wake_followers()
         return pending
 
-    def _lease(self, slot: Slot) -> torch.Tensor:
-        return torch.from_numpy(self._memory.lease(slot, slot.reply_offset, slot.shape, _FP32))
+    def _lease(self, slot: Slot, answered: Answered) -> torch.Tensor:
+        return torch.from_numpy(self._memory.lease(slot, slot.reply_offset, answered.shape, _FP32))
+
+    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> SlotRoom | None:
+        """See `Transport`. The header goes ahead: the group wakes up and reads it while the rows are written."""
+        if self.broken is not None:
+            return None
+        shape, max_pairs = (num_tokens, hidden_size), 1 << num_pairs.bit_length()
+        home = self._memory.home((shape, max_pairs))
+        room: SlotRoom | None
+        try:
+            room = home.pop()
+        except IndexError:
+            room = self._new_room(home, shape, max_pairs)
+            if room is None:
+                return None
+        try:
+            frame = self._orders.take(call) + room.header + encode_ids(call, num_pairs)
+            self._socket.send(frame, socket.MSG_DONTWAIT)
+        except OSError:  # the group is busy and the socket full; or the link broke, which a call will find
+            room.give_back()
+            return None
+        room.call_id = call.call_id
+        self._rooms[call.call_id] = room
+        return room
+
+    def _new_room(self, home: deque[Any], shape: tuple[int, int], max_pairs: int) -> SlotRoom | None:
+        def make(offset: int, size: int, home: deque[Any]) -> SlotRoom:
+            room = SlotRoom(offset, size, home, self._base, shape, self._bytes)
+            room.leaves = self._leave
+            return room
+
+        made: SlotRoom | None = self._memory.make(home, Slot.size_for(shape, torch.float32, max_pairs), make)
+        return made
+
+    def _leave(self, room: SlotRoom) -> None:
+        """The group forgets the header."""
+        if self._rooms.pop(room.call_id, None) is room:
+            room.give_back()
+            with contextlib.suppress(DeadlineExceeded):
+                self._send(encode_cancel(room.call_id), Deadline(0.0))
+
+    def _slot(self, hidden_TH: torch.Tensor, num_pairs: int, deadline: Deadline) -> Slot:
+        kind = (hidden_TH.shape, hidden_TH.dtype, num_pairs.bit_length())
+        try:
+            return self._memory.home(kind).pop()  # type: ignore[no-any-return]
+        except IndexError:
+            return self._new_slot(kind, deadline)
 
     def _new_slot(self, kind: tuple[torch.Size, torch.dtype, int], deadline: Deadline) -> Slot:
         (num_tokens, hidden_size), dtype, bits = kind
@@ -329,8 +364,8 @@ class ShmTransport:
             return  # answered twice
         partial_TH = pending.partial_TH
         if partial_TH is None:
-            partial_TH = self._lease(pending.slot)
-        if frame[: len(pending.slot.good)] == pending.slot.good:
+            partial_TH = self._lease(pending.slot, pending.answered)
+        if frame[: len(pending.answered.good)] == pending.answered.good:
             # Both clocks are one: an answer that lay in the socket before anybody read came when the group says.
             if not pending.sent_s <= answered_s < began_s:
                 answered_s = self.clock()
@@ -338,7 +373,9 @@ class ShmTransport:
             pending.resolve(reply, answered_s)
         else:
             try:
-                raise_for_status(decode_reply_head(frame), frame, self.group, pending.call.layer, pending.slot.shape)
+                raise_for_status(
+                    decode_reply_head(frame), frame, self.group, pending.call.layer, pending.answered.shape
+                )
                 raise InternalError(f"group {self.group} answered in a form that nobody asked for")
             except ExpertMeshError as exc:
                 pending.fail(exc)

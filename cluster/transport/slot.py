@@ -3,42 +3,103 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from cluster.transport.arena import ALIGNMENT, Block
-from cluster.transport.codec import PAIR_BYTES, Placement, encode_form
+from cluster.transport.base import LayerRows, Pairs
+from cluster.transport.codec import PAIR_BYTES, Bytes, Placement, encode_form, pairs_over, tensor_at
 from cluster.transport.replies import good_reply
 
 AHEAD_BYTES = 256 * 1024
 """Copying up to so much takes no longer than the group takes to wake up and read the header."""
 
 
+class Answered(NamedTuple):
+    """Shape of a call's rows, and how a good reply to it begins."""
+
+    shape: tuple[int, int]
+    good: bytes
+
+
 class Slot(Block):
     """The memory of one call: rows, answer, pairs. What the next call of the same shape needs of it is worked out
     once."""
 
-    __slots__ = ("address", "ahead", "form", "good", "pairs_offset", "reply_offset", "rows_bytes", "shape")
+    __slots__ = ("address", "ahead", "answered", "header", "pairs_offset", "reply_offset", "rows_bytes", "shape")
 
     def __init__(
-        self, offset: int, size: int, home: deque[Any], base: int, shape: tuple[int, int], dtype: torch.dtype
+        self,
+        offset: int,
+        size: int,
+        home: deque[Any],
+        base: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        ahead: bool | None = None,
     ) -> None:
         super().__init__(offset, size, home)
         elements = shape[0] * shape[1]
         self.shape, self.rows_bytes, self.address = shape, elements * dtype.itemsize, base + offset
         self.reply_offset = offset + _up(self.rows_bytes)
         self.pairs_offset = self.reply_offset + _up(4 * elements)
-        self.good = good_reply(shape, Placement.SHARED)
-        self.ahead = self.rows_bytes <= AHEAD_BYTES
+        self.ahead = self.rows_bytes <= AHEAD_BYTES if ahead is None else ahead
         placement = Placement.AHEAD if self.ahead else Placement.SHARED
-        self.form = encode_form(dtype, shape, placement, offset, self.pairs_offset, self.reply_offset)
+        self.header = encode_form(dtype, shape, placement, offset, self.pairs_offset, self.reply_offset)
+        self.answered = Answered(shape, good_reply(shape, Placement.SHARED))
 
     @staticmethod
     def size_for(shape: tuple[int, int], dtype: torch.dtype, max_pairs: int) -> int:
         """Bytes of a slot."""
         elements = shape[0] * shape[1]
         return _up(elements * dtype.itemsize) + _up(4 * elements) + PAIR_BYTES * max_pairs
+
+
+class SlotRoom(Slot):
+    """One that the sender of a call writes to (see `Room`): room for so many rows and pairs, of which the call may use
+    fewer. ``leaves`` is told when no call comes."""
+
+    __slots__ = ("_all_TH", "_answered", "_memory", "_pairs", "_rows", "call_id", "leaves", "pairs_at", "rows_at")
+
+    def __init__(
+        self, offset: int, size: int, home: deque[Any], base: int, shape: tuple[int, int], memory: Bytes
+    ) -> None:
+        super().__init__(offset, size, home, base, shape, torch.float32, True)
+        self._memory, self._all_TH = memory, tensor_at(memory, torch.float32, shape, offset)
+        self.rows_at, self.pairs_at = self.address, base + self.pairs_offset
+        self.call_id = 0
+        self.leaves: Callable[[SlotRoom], None] = _nobody
+        # Making views takes longer than the copy of a few rows.
+        self._rows: dict[int, torch.Tensor] = {}
+        self._pairs: dict[int, Pairs] = {}
+        self._answered: dict[int, Answered] = {}
+
+    def rows(self, num_rows: int, num_pairs: int) -> LayerRows:
+        """See `Room`."""
+        rows_TH, pairs_3P = self._rows.get(num_rows), self._pairs.get(num_pairs)
+        if rows_TH is None:
+            rows_TH = self._rows[num_rows] = self._all_TH[:num_rows]
+        if pairs_3P is None:
+            pairs_3P = self._pairs[num_pairs] = pairs_over(self._memory, num_pairs, self.pairs_offset)
+        return LayerRows(rows_TH, pairs_3P)
+
+    def answered_with(self, num_rows: int) -> Answered:
+        """As ``answered``, of a call with so many rows."""
+        found = self._answered.get(num_rows)
+        if found is None:
+            shape = (num_rows, self.shape[1])
+            found = self._answered[num_rows] = Answered(shape, good_reply(shape, Placement.SHARED))
+        return found
+
+    def leave(self) -> None:
+        """See `Room`."""
+        self.leaves(self)
+
+
+def _nobody(_room: SlotRoom) -> None:
+    pass
 
 
 def _up(num_bytes: int) -> int:

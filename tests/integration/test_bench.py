@@ -35,6 +35,9 @@ def test_a_transport_that_does_not_bring_the_rows_back_is_no_result() -> None:
     class Wrong:
         kind, group, address = "wrong", 0, ""
 
+        def room(self, *_: object) -> None:
+            return None
+
         def submit(self, call: object, rows: LayerRows, deadline: object) -> PendingReply:
             pending = PendingReply(0, call)  # type: ignore[arg-type]
             pending.resolve(LayerReply(torch.zeros_like(rows.hidden_TH)))

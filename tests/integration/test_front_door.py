@@ -205,6 +205,9 @@ class Spoiled:
         self.kind, self.group, self.address = link.kind, link.group, link.address
         self.cancel, self.healthy, self.close = link.cancel, link.healthy, link.close
 
+    def room(self, *_: object) -> None:
+        return None
+
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         experts, weights = rows.pair_expert_P.clone(), rows.pair_weight_P.clone()
         if self._kind == "wrong expert" and call.layer == 0:
@@ -304,6 +307,9 @@ class Gone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
+
+    def room(self, *_: object) -> None:
+        return None
 
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         if self.lost:

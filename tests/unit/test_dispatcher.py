@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cluster.core import Deadline, GroupInfo, LayerCall, Membership
+from cluster.core import Deadline, GroupInfo, LayerCall, Membership, Priority
 from cluster.errors import ExpertMeshError, InternalError, LinkBroken, MissingExperts, Unavailable
 from cluster.placement.planner import plan_copies, table_from_groups
 from cluster.routing.caller import Caller
@@ -40,6 +40,9 @@ class FakeLink:
 
     def __init__(self, group: int, world: World) -> None:
         self.group, self.world, self.closed = group, world, False
+
+    def room(self, *_: object) -> None:
+        return None
 
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         if self.closed or not self.healthy():
@@ -174,7 +177,7 @@ def test_a_timed_out_call_is_sent_again_also_when_patience_is_shorter_than_the_c
     world.delays = {1: 30.0}
 
     def hasten(_group: int, call: LayerCall) -> None:
-        if call.call_id > 2:
+        if call.priority is Priority.RESENT:
             world.delays = {}
 
     world.fail = hasten
@@ -195,7 +198,7 @@ def test_a_call_without_an_answer_is_cancelled_and_sent_again() -> None:
     world.delays = {1: 0.2}
 
     def hasten(_group: int, call: LayerCall) -> None:
-        if call.call_id > 2:
+        if call.priority is Priority.RESENT:
             world.delays = {}
 
     world.fail = hasten

@@ -26,6 +26,9 @@ class Fake:
         self.calls = 0
         self.cancelled: list[int] = []
 
+    def room(self, *_: object) -> None:
+        return None
+
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         if not self.up:
             raise LinkBroken(f"{self.kind} is down")
