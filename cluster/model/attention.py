@@ -1,5 +1,5 @@
 """Attention over a packed batch: each sequence by itself, with the model's own eager function or a faster one; those
-with one token together (on GPUs `together`, on CPUs `cluster.kernels.attention`).
+with one token together (on GPUs `together`, on CPUs `cluster.kernels.attention`), or all at once (`ragged`).
 
 The eager function takes masks, sinks and whatever else the architecture has. torch's scaled dot-product attention is
 faster and knows masks only; a layer uses it after it gave the same result as the eager one, once with one token and
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from cluster.kernels.attention import Histories, attend, can_attend
 from cluster.kernels.chunks import FEWEST, attend_causal, scratch_bytes
+from cluster.model import ragged
 from cluster.model.packed import Span, Step, current_step
 from cluster.model.together import Bundle
 
@@ -61,9 +62,11 @@ def attention(
     [1, heads, S, dim] of all sequences. The result is [1, T, heads, dim].
     """
     call = _Call(module, query, key, value, current_step(), attention_mask, args, kwargs)
-    paged = call.of_histories()
-    if paged is not None:
-        return paged, None
+    together = call.of_all()
+    if together is None:
+        together = call.of_histories()
+    if together is not None:
+        return together, None
     bundles, spans = call.bundles(), call.batch.spans
     if not bundles:
         return call.of_spans(), None
@@ -108,6 +111,19 @@ class _Call:
         """Sequences to be computed together, once it is known how."""
         known = self._layer in self._known.fast and self._only(_BATCHABLE)
         return self.batch.bundles() if known else []
+
+    def of_all(self) -> torch.Tensor | None:
+        """[1, T, heads, dim] of all sequences in one call; None where that is not known to be the same."""
+        if not (self.batch.together and self._fast and self._known.ragged.get(self._layer, False)):
+            return None
+        if not self._mask.all_causal():
+            return None
+        all_rows = self.batch.ragged()
+        if self._direct:
+            keys, values = (kept.index_select(0, all_rows.at_S) for kept in self.batch.store.layer(self._layer))
+        else:
+            keys, values = self._key[0].transpose(0, 1), self._value[0].transpose(0, 1)
+        return all_rows.attend(self._query, keys, values, self._kwargs["scaling"])
 
     def of_histories(self) -> torch.Tensor | None:
         """[1, T, heads, dim]: sequences with one token each read from the store where they lie, the others one by one;
@@ -195,6 +211,7 @@ class _Call:
         if not (self._plain and "scaling" in kwargs) or values.shape[-1] != query.shape[-1]:
             known.fast[layer] = False
             return
+        halves = query, keys, values
         query, keys, values = query.float(), keys.float(), values.float()
         expected = _eager(self._module, query, keys, values, self._mask.additive(number).float(), (), kwargs)
         got = _fast(query, keys, values, self._mask.allowed(number), kwargs["scaling"])
@@ -202,12 +219,28 @@ class _Call:
             self._learn_stored(number, expected, self._known.paged)
         elif query.shape[2] > 1 and self._mask.is_causal(number):
             self._learn_stored(number, expected, self._known.causal)
+        if self._mask.is_causal(number):
+            same = known.ragged.get(layer, True) and self._is_same_ragged(number, halves, expected)
+            known.ragged[layer] = same
         if got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
             known.fast[layer] = False
             return
         known.checked.setdefault(layer, set()).add(query.shape[2] == 1)
         if len(known.checked[layer]) == 2:
             known.fast[layer] = True
+
+    def _is_same_ragged(self, number: int, halves: tuple[torch.Tensor, ...], expected: torch.Tensor) -> bool:
+        """Whether torch's attention of all sequences gives of this one what the layer's own does in fp32."""
+        query, keys, values = halves
+        if not ragged.can_attend(query):
+            return False
+        span = self.batch.spans[number]
+        try:
+            alone = ragged.Ragged([span.num_rows], [[(0, span.total)]], query.device)
+            got = alone.attend(query, keys[0].transpose(0, 1), values[0].transpose(0, 1), self._kwargs["scaling"])
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return bool((got.float() - expected).abs().max() <= ragged.TOLERANCE * expected.abs().max())
 
     def _learn_stored(self, number: int, expected: torch.Tensor, found: dict[int, bool]) -> None:
         """Whether reading one sequence from the store gives what the layer's own attention does."""

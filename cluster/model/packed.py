@@ -18,9 +18,12 @@ from transformers.cache_utils import Cache
 from cluster.errors import InternalError, UnsupportedModel
 from cluster.kernels.attention import Histories
 from cluster.model.kv import KvStore, Runs
+from cluster.model.ragged import Ragged
 from cluster.model.together import Bundle, Single, bundles_of
 
 MaskFunction = Callable[..., torch.Tensor]
+MOST_ASKED = 64 * 1024**2
+"""Tokens times keys of which a mask is asked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class PackedBatch:
         self.store, self.device = store, device
         self._chunks, self.together = chunks, together
         self._bundles: list[Bundle] | None = None
+        self._ragged: Ragged | None = None
         self.spans: list[Span] = []
         row = key = 0
         positions, at = [], []
@@ -89,6 +93,14 @@ class PackedBatch:
             wanted = self.together and len(singles) > 1
             self._bundles = bundles_of(singles, self.store.block_size, self.device) if wanted else []
         return self._bundles
+
+    def ragged(self) -> Ragged:
+        """Where all sequences begin."""
+        if self._ragged is None:
+            self._ragged = Ragged(
+                [span.num_rows for span in self.spans], [span.runs for span in self.spans], self.device
+            )
+        return self._ragged
 
     @property
     def num_tokens(self) -> int:
@@ -130,6 +142,7 @@ class BatchMask:
         self._additive_together: dict[int, torch.Tensor] = {}
         self._open: list[bool] | None = None
         self._causal: dict[int, bool] = {}
+        self._all_causal: bool | None = None
         self._histories: Histories | None = None
         self._has_histories: bool | None = None
 
@@ -157,6 +170,18 @@ class BatchMask:
             rows, keys = torch.arange(span.start, span.total, device=device), torch.arange(span.total, device=device)
             self._causal[number] = allowed is None or torch.equal(allowed, keys[None, :] <= rows[:, None])
         return self._causal[number]
+
+    def all_causal(self) -> bool:
+        """`is_causal` of all sequences, asked at once; False where there are too many tokens to ask."""
+        if self._all_causal is None:
+            spans, rows_T = self._batch.spans, self._batch.positions_T
+            longest = max(span.total for span in spans)
+            self._all_causal = len(rows_T) * longest <= MOST_ASKED
+            if self._all_causal:
+                keys_S = torch.arange(longest, device=self._batch.device)
+                seen_TS = self._function(self._zero, self._zero, rows_T[:, None], keys_S[None, :])
+                self._all_causal = bool((seen_TS == (keys_S[None, :] <= rows_T[:, None])).all())
+        return self._all_causal
 
     def additive(self, number: int) -> torch.Tensor:
         """[1, 1, t, S] for the model's own attention: 0, or the lowest value of the dtype."""
@@ -206,7 +231,7 @@ class Layers:
 
     ``direct``: the layer gives attention the very tensors that the cache returned, so the cache need not gather
     histories that attention then takes apart again. ``fast``: torch's attention gives the same; ``paged``: so does
-    ours, for one token, and ``causal`` for many.
+    ours, for one token, and ``causal`` for many; ``ragged``: so does torch's for all sequences at once.
     """
 
     def __init__(self) -> None:
@@ -214,6 +239,7 @@ class Layers:
         self.fast: dict[int, bool] = {}
         self.paged: dict[int, bool] = {}
         self.causal: dict[int, bool] = {}
+        self.ragged: dict[int, bool] = {}
         self.checked: dict[int, set[bool]] = {}
 
 

@@ -94,6 +94,8 @@ class Trunk:
             speed_up(trunk.model, KernelTable.measure())
         elif device.type != "cpu":
             speed_up_norms(trunk.model)
+            # cuDNN's makes a plan for each new length, which takes it half a second and longer (H100, torch 2.11).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return trunk, skeleton
 
     def _hook(

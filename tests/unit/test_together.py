@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cluster.model import together
+from cluster.model import ragged, together
 from cluster.model.kv import KvStore
-from cluster.model.packed import Chunk
+from cluster.model.packed import Chunk, Layers
 from cluster.model.together import Single, bundles_of
 from cluster.routing.step import StepContext
 from cluster.weights.zoo import architectures
@@ -17,6 +19,8 @@ from tests.conftest import MakeTiny
 from tests.systems import in_process_router
 
 CPU = torch.device("cpu")
+IN_ONE_CALL = {"glm4_moe", "granitemoe", "olmoe", "qwen2_moe"}
+"""The others have windows or sinks, or values that are narrower than keys."""
 
 
 @pytest.mark.parametrize("arch", architectures())
@@ -38,6 +42,67 @@ def test_logits_are_the_same_together_and_one_by_one(arch: str, tiny: MakeTiny) 
             trunk.together = True
             beside = trunk.forward(last, StepContext(step))
             assert float((alone - beside).abs().max()) < 1e-5 * float(alone.std())
+
+
+def by_the_book(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    row_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest_row: int,
+    longest_total: int,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch's variable-length attention says of itself, which runs on GPUs only."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != keys.shape[1])
+    parts, tops = [], []
+    pairs = zip(itertools.pairwise(row_starts.tolist()), itertools.pairwise(key_starts.tolist()), strict=True)
+    for (first, last), (key_first, key_last) in pairs:
+        rows, total = last - first, key_last - key_first
+        tops.append((rows, total))
+        seen = torch.arange(total)[None, :] <= torch.arange(total - rows, total)[:, None]
+        own, k, v = (
+            t.transpose(0, 1)[None] for t in (query[first:last], *(t[key_first:key_last] for t in (keys, values)))
+        )
+        part = F.scaled_dot_product_attention(own, k, v, seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(part[0].transpose(0, 1))
+    assert (longest_row, longest_total) == tuple(max(column) for column in zip(*tops, strict=True))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_logits_are_the_same_in_one_call_for_all(arch: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(ragged, "can_attend", lambda _query: True)
+    monkeypatch.setattr(ragged, "varlen_attn", lambda *a, **k: calls.append(len(a[3]) - 1) or by_the_book(*a, **k))
+    with in_process_router(tiny(arch), num_groups=1) as router:
+        trunk = router._trunk
+        trunk._layers, trunk.together = Layers(), True
+        trunk.store = KvStore(400, 4)
+        free = random.sample(range(400), 400)
+        blocks = [[free.pop() for _ in range(20)] for _ in range(7)]
+        ids = [[random.randrange(512) for _ in range(80)] for _ in range(7)]
+        step = StepContext(1)
+        trunk.forward([Chunk(ids[0][:9], 0, blocks[0])], step)
+        trunk.forward([Chunk(ids[0][9:10], 9, blocks[0])], step)
+        ends = [random.randint(40, 60) for _ in range(7)]
+        calls.clear()
+        # Prompts that begin, one that goes on, and some that decode, in one step.
+        begun = [Chunk(row[:end], 0, own) for row, end, own in zip(ids[:4], ends, blocks, strict=False)]
+        trunk.forward(begun, step)
+        mixed = [Chunk(ids[0][ends[0] : ends[0] + 1], ends[0], blocks[0]), Chunk(ids[4][:7], 0, blocks[4])]
+        mixed += [Chunk(ids[1][ends[1] : ends[1] + 11], ends[1], blocks[1])]
+        mixed += [Chunk(ids[2][ends[2] : ends[2] + 1], ends[2], blocks[2])]
+        at_once = trunk.forward(mixed, step)
+        assert set(calls) <= {4}, "all sequences of a step"
+        assert bool(calls) == (arch in IN_ONE_CALL)
+        trunk.together = False
+        one_by_one = trunk.forward(mixed, step)
+        assert float((at_once - one_by_one).abs().max()) < 1e-5 * float(one_by_one.std())
 
 
 def single(row: int, total: int) -> Single:
