@@ -69,17 +69,25 @@ class Arena:
         self._free.insert(at, (first, last))
 
 
+class Home(deque[Any]):
+    """Free blocks of a kind. One that is not ``open`` takes none back: a block that holds views of the memory, in the
+    list of which it is, would keep it mapped until somebody looks for cycles."""
+
+    open = True
+
+
 class Block:
     """``size`` bytes at ``offset``, and the list of blocks of its kind that it goes back to."""
 
     __slots__ = ("home", "offset", "size")
 
-    def __init__(self, offset: int, size: int, home: deque[Block]) -> None:
+    def __init__(self, offset: int, size: int, home: Home) -> None:
         self.offset, self.size, self.home = offset, size, home
 
     def give_back(self) -> None:
         """The block may be taken again. Atomic: garbage collection does it anywhere."""
-        self.home.append(self)
+        if self.home.open:
+            self.home.append(self)
 
 
 class _Lease(np.ndarray[Any, np.dtype[Any]]):
@@ -93,7 +101,7 @@ class _Lease(np.ndarray[Any, np.dtype[Any]]):
             self.block.give_back()
 
 
-Make = Callable[[int, int, deque[Any]], Any]
+Make = Callable[[int, int, Home], Any]
 
 
 class LeasedMemory:
@@ -109,20 +117,20 @@ class LeasedMemory:
     ) -> None:
         self._buffer = memory.data
         self._arena, self._lock, self._kept, self._trim = Arena(start, memory.size), threading.Lock(), kept, trim
-        self._homes: dict[Any, deque[Any]] = {}
+        self._homes: dict[Any, Home] = {}
 
     @property
     def capacity(self) -> int:
         """The largest block there can be."""
         return self._arena.capacity
 
-    def home(self, kind: Any) -> deque[Any]:
+    def home(self, kind: Any) -> Home:
         """The free blocks of a kind: take one with ``pop``, or with `make` when there is none. Those of the kind None
         are not kept: `make` divides their memory anew."""
         home = self._homes.get(kind)
-        return self._homes.setdefault(kind, deque()) if home is None else home
+        return self._homes.setdefault(kind, Home()) if home is None else home
 
-    def make(self, home: deque[Any], size: int, make: Make = Block) -> Any:
+    def make(self, home: Home, size: int, make: Make = Block) -> Any:
         """A new block of ``size`` bytes, made with ``make(offset, size, home)``; None when there is no room now."""
         with self._lock:
             if self._arena.high > self._kept:
@@ -154,7 +162,13 @@ class LeasedMemory:
             self._merge()
             return self._arena.num_taken
 
-    def _dissolve(self, home: deque[Any]) -> None:
+    def close(self) -> None:
+        """Blocks that are given back from now on are forgotten, and so are those that are free."""
+        for home in list(self._homes.values()):
+            home.open = False
+            home.clear()
+
+    def _dissolve(self, home: Home) -> None:
         while home:
             try:
                 self._arena.free(home.popleft().offset)

@@ -21,8 +21,6 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ import torch
 from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, LinkBroken, LinkRefused
 from cluster.rpc.v1 import links_pb2
-from cluster.transport.arena import LeasedMemory
+from cluster.transport.arena import Home, LeasedMemory
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 from cluster.transport.codec import (
     PAIR_BYTES,
@@ -224,11 +222,9 @@ class ShmTransport:
         self._rooms[call.call_id] = room
         return room
 
-    def _new_room(self, home: deque[Any], shape: tuple[int, int], max_pairs: int) -> SlotRoom | None:
-        def make(offset: int, size: int, home: deque[Any]) -> SlotRoom:
-            room = SlotRoom(offset, size, home, self._base, shape, self._bytes)
-            room.leaves = self._leave
-            return room
+    def _new_room(self, home: Home, shape: tuple[int, int], max_pairs: int) -> SlotRoom | None:
+        def make(offset: int, size: int, home: Home) -> SlotRoom:
+            return SlotRoom(offset, size, home, self._base, shape, self._bytes, self._leave)
 
         made: SlotRoom | None = self._memory.make(home, Slot.size_for(shape, torch.float32, max_pairs), make)
         return made
@@ -257,7 +253,7 @@ class ShmTransport:
         # Large ones are seldom of the same shape again, and would keep much memory: their blocks are divided anew.
         home = self._memory.home(kind if size <= REUSED_BYTES else None)
 
-        def make(offset: int, size: int, home: deque[Any]) -> Slot:
+        def make(offset: int, size: int, home: Home) -> Slot:
             return Slot(offset, size, home, self._base, shape, dtype)
 
         while (slot := self._memory.make(home, size, make)) is None:
@@ -407,6 +403,7 @@ class ShmTransport:
         if self._reader.acquire(timeout=5.0):  # who reads now is woken by the end of the connection
             self._socket.close()
             self._reader.release()
+        self._memory.close()
 
     def _break(self, error: ExpertMeshError) -> None:
         if self.broken is None:

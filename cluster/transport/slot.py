@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import weakref
+from typing import NamedTuple
 
 import torch
 
-from cluster.transport.arena import ALIGNMENT, Block
+from cluster.transport.arena import ALIGNMENT, Block, Home
 from cluster.transport.base import LayerRows, Pairs
 from cluster.transport.codec import PAIR_BYTES, Bytes, Placement, encode_form, pairs_over, tensor_at
 from cluster.transport.replies import good_reply
@@ -34,7 +33,7 @@ class Slot(Block):
         self,
         offset: int,
         size: int,
-        home: deque[Any],
+        home: Home,
         base: int,
         shape: tuple[int, int],
         dtype: torch.dtype,
@@ -59,18 +58,26 @@ class Slot(Block):
 
 class SlotRoom(Slot):
     """One that the sender of a call writes to (see `Room`): room for so many rows and pairs, of which the call may use
-    fewer. ``leaves`` is told when no call comes."""
+    fewer. ``leaves`` is told when no call comes; it is not kept alive, since an answer keeps its slot, in a way that
+    the search for cycles does not see, and a link its answers."""
 
-    __slots__ = ("_all_TH", "_answered", "_memory", "_pairs", "_rows", "call_id", "leaves", "pairs_at", "rows_at")
+    __slots__ = ("_all_TH", "_answered", "_leaves", "_memory", "_pairs", "_rows", "call_id", "pairs_at", "rows_at")
 
     def __init__(
-        self, offset: int, size: int, home: deque[Any], base: int, shape: tuple[int, int], memory: Bytes
+        self,
+        offset: int,
+        size: int,
+        home: Home,
+        base: int,
+        shape: tuple[int, int],
+        memory: Bytes,
+        leaves: Callable[[SlotRoom], None],
     ) -> None:
         super().__init__(offset, size, home, base, shape, torch.float32, True)
         self._memory, self._all_TH = memory, tensor_at(memory, torch.float32, shape, offset)
         self.rows_at, self.pairs_at = self.address, base + self.pairs_offset
         self.call_id = 0
-        self.leaves: Callable[[SlotRoom], None] = _nobody
+        self._leaves = weakref.WeakMethod(leaves)
         # Making views takes longer than the copy of a few rows.
         self._rows: dict[int, torch.Tensor] = {}
         self._pairs: dict[int, Pairs] = {}
@@ -95,11 +102,9 @@ class SlotRoom(Slot):
 
     def leave(self) -> None:
         """See `Room`."""
-        self.leaves(self)
-
-
-def _nobody(_room: SlotRoom) -> None:
-    pass
+        leaves = self._leaves()
+        if leaves is not None:
+            leaves(self)
 
 
 def _up(num_bytes: int) -> int:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-from collections import deque
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.transport.arena import ALIGNMENT, Arena, Block, LeasedMemory
+from cluster.transport.arena import ALIGNMENT, Arena, Block, Home, LeasedMemory
 
 FP32 = np.dtype("<f4")
 
@@ -83,6 +82,6 @@ def test_memory_above_what_is_kept_is_let_go_of_when_all_is_free() -> None:
 
 
 def test_a_block_knows_where_it_goes() -> None:
-    home: deque[Block] = deque()
+    home = Home()
     Block(1, 2, home).give_back()
     assert (home[0].offset, home[0].size) == (1, 2)

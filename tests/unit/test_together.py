@@ -64,7 +64,8 @@ def by_the_book(
     for (first, last), (key_first, key_last) in pairs:
         rows, total = last - first, key_last - key_first
         tops.append((rows, total))
-        seen = torch.arange(total)[None, :] <= torch.arange(total - rows, total)[:, None]
+        keys_S = torch.arange(total, device=query.device)
+        seen = keys_S[None, :] <= keys_S[total - rows :, None]
         own, k, v = (
             t.transpose(0, 1)[None] for t in (query[first:last], *(t[key_first:key_last] for t in (keys, values)))
         )
