@@ -188,9 +188,17 @@ def encode_call(call: LayerCall, rows: LayerRows, before: bytes = b"") -> bytes:
     hidden_TH, pairs_3P = on_cpu(rows.hidden_TH), rows.pairs_3P
     num_bytes = hidden_TH.nbytes
     pairs_offset = aligned(num_bytes)
-    form = encode_form(hidden_TH.dtype, _shape(hidden_TH), Placement.INLINE, 0, pairs_offset)
+    form = _inline_form(hidden_TH.dtype, hidden_TH.shape)
     padding = b"\0" * (pairs_offset - num_bytes)
     return b"".join((before, form, encode_ids(call, pairs_3P.shape[1]), as_bytes(hidden_TH), padding, pairs_3P.data))
+
+
+@functools.lru_cache(KNOWN_FORMS)
+def _inline_form(dtype: torch.dtype, shape: torch.Size) -> bytes:
+    # A cache of its own: what hashes members of enumerations takes longer than all the rest of a header.
+    num_tokens, hidden_size = shape
+    num_bytes = aligned(num_tokens * hidden_size * dtype.itemsize)
+    return encode_form(dtype, (num_tokens, hidden_size), Placement.INLINE, 0, num_bytes)
 
 
 def encode_announced_call(call: LayerCall, rows: LayerRows) -> bytes:

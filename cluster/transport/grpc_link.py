@@ -36,6 +36,7 @@ from cluster.transport.orders import WaitingOrders
 from cluster.transport.replies import (
     decode_reply_head,
     decode_times,
+    good_inline_reply,
     good_reply,
     raise_for_status,
     reply_rows,
@@ -221,7 +222,7 @@ class GrpcTransport:
             return  # answered twice
         shape = pending.shape
         try:
-            if frame.startswith(good_reply(shape, Placement.INLINE)):
+            if frame.startswith(good_inline_reply(shape)):
                 pending.resolve(LayerReply(reply_rows(frame, shape), *said))
             elif frame.startswith(good_reply(shape, Placement.ANNOUNCED)) and self._payload is not None:
                 pending.resolve(LayerReply(self._payload.receive(torch.float32, shape), *said))

@@ -123,6 +123,12 @@ def good_reply(shape: tuple[int, int], placement: Placement) -> bytes:
     return reply_header(0, LayerReply(torch.empty(shape, device="meta")), placement)[:_REPLY_FORM_BYTES]
 
 
+@functools.lru_cache(KNOWN_FORMS)
+def good_inline_reply(shape: tuple[int, int]) -> bytes:
+    """How every good reply of this shape begins whose rows are behind it."""
+    return good_reply(shape, Placement.INLINE)  # members of enumerations take long to hash
+
+
 def decode_times(frame: bytes | memoryview) -> tuple[int, float, float, float, float, int, int]:
     """Call id; queue, compute, answer and load seconds; bytes and expert of the load: of a reply, good or not.
 
