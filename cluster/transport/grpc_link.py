@@ -56,6 +56,12 @@ CHANNEL_OPTIONS = (
 )
 
 
+_REPLY = int(Kind.REPLY)
+_TAKEN = object()
+"""What gRPC makes of a reply that has been delivered."""
+Parsed = bytes | ExpertMeshError | object
+
+
 class _ShapedReply(PendingReply):
     """Knows the rows of its call."""
 
@@ -103,7 +109,7 @@ class GrpcTransport:
         except ConfigError as exc:  # files that are being replaced: the next attempt may find them
             raise LinkBroken(f"group {group} at {address}: {exc}") from exc
         self._outbox.put(encode_hello(greeting))
-        call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}", response_deserializer=self._parse)
         self._stream = call(iter(self._outbox.get, None))
         self._reader = threading.Thread(target=self._read, name=f"{self.kind}-link-{group}", daemon=True)
         self._reader.start()
@@ -186,10 +192,26 @@ class GrpcTransport:
         for pending in waiting:
             pending.fail(LinkBroken(str(error)))
 
+    def _parse(self, frame: bytes) -> Parsed:
+        """Delivers a reply where gRPC makes messages out of bytes, in the thread that received them: one hand-over less
+        than behind the stream's iterator. A payload must be waited for, which that thread must not do. The iterator
+        gets what is left to do."""
+        if self.kind != "grpc" or not frame or frame[0] != _REPLY:
+            return frame
+        try:
+            self._deliver(frame)
+        except ExpertMeshError as exc:
+            return exc
+        return _TAKEN
+
     def _read(self) -> None:
         try:
             for frame in self._stream:
-                if frame and frame[0] == Kind.REPLY:
+                if frame is _TAKEN:
+                    continue
+                if isinstance(frame, ExpertMeshError):
+                    raise frame
+                if frame and frame[0] == _REPLY:
                     self._deliver(frame)
                 elif not self._welcomed.is_set() and (welcome := decode_welcome(frame)) is not None:
                     self.welcome = welcome
