@@ -111,7 +111,7 @@ class ExpertHost:
 
     def watch(self, fd: int, ready: Callable[[int], None]) -> None:
         """From now on ``ready(epoll events)`` is called in the compute thread when ``fd`` can be read. It must not
-        block and reads one message a call."""
+        block and reads a message or two a call."""
         with self._lock:
             self._watched[fd] = ready
         self._epoll.register(fd, select.EPOLLIN)
@@ -165,7 +165,8 @@ class ExpertHost:
             self._progress_s, self._busy = now_s, False
 
     def _listen(self) -> None:
-        """Reads what the sockets have; waits for it, or for a call, when nothing is queued."""
+        """Reads what the sockets have, or after a wait for it until a call that is not prefill has come; waits for it,
+        or for a call, when nothing is queued."""
         with self._lock:
             self._asleep = not self._heap and not self._closed
         waits, slept = self._asleep, False
@@ -186,7 +187,8 @@ class ExpertHost:
                         ready(event)
                     except Exception:
                         log.exception("reading a local socket failed")
-            if slept and self._heap and self._heap[0][0] < _PREFILL:
+            heap = self._heap  # which `close` takes away
+            if slept and heap and heap[0][0] < _PREFILL:
                 return  # nothing has piled up behind a call that has just come, and nothing is more urgent
 
     def _answer(self, queued_s: float, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:

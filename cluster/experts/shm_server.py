@@ -55,7 +55,8 @@ log = logging.getLogger(__name__)
 
 _CALL, _CANCEL, _GO, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.GO), int(Kind.ORDER)
 HANDSHAKE_TIMEOUT_S = 5.0
-MAX_FORMS = 4096
+MAX_FORMS, MAX_COUNTS = 4096, 64
+"""Forms of calls that are known, and of each the numbers of pairs."""
 MAX_HANDSHAKES = 16
 """Connections that are being checked at the same time; more wait in the socket's backlog."""
 
@@ -183,7 +184,7 @@ class _Known:
         """With so many pairs."""
         rows = self._pairs.get(num_pairs)
         if rows is None:
-            if len(self._pairs) >= MAX_FORMS:
+            if len(self._pairs) >= MAX_COUNTS:
                 self._pairs.clear()
             rows = LayerRows(self._rows_TH, pairs_over(memory, num_pairs, self.form.pairs_offset))
             self._pairs[num_pairs] = rows
@@ -334,6 +335,8 @@ class _Peer:
         for pending in list(self.calls.values()):
             self._host.cancel(pending)
         self.calls.clear()
+        self._ahead.clear()
+        self._forms.clear()
         self._socket.close()
         self._forget(self)
 

@@ -120,7 +120,10 @@ class _Call:
             return None
         all_rows = self.batch.ragged()
         if self._direct:
-            keys, values = (kept.index_select(0, all_rows.at_S) for kept in self.batch.store.layer(self._layer))
+            stored = self.batch.store.layer(self._layer)
+            if self.batch.num_keys * sum(kept[0].nbytes for kept in stored) > ragged.MOST_BYTES:
+                return None
+            keys, values = (kept.index_select(0, all_rows.at_S) for kept in stored)
         else:
             keys, values = self._key[0].transpose(0, 1), self._value[0].transpose(0, 1)
         return all_rows.attend(self._query, keys, values, self._kwargs["scaling"])

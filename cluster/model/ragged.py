@@ -16,6 +16,8 @@ from torch.nn.attention.varlen import varlen_attn
 from cluster.model.kv import Runs
 
 HALVES = (torch.bfloat16, torch.float16)
+MOST_BYTES = 1024**3
+"""Keys and values of all histories that are gathered at once."""
 TOLERANCE = 2.0**-6
 """Of the largest value: what sums of halves may differ by from sums in fp32."""
 

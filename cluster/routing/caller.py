@@ -83,10 +83,6 @@ class Caller:
         cost = self.speeds.cost()
         return self._fabric.choose(layer, experts_P, decode, cost, self.speeds.handicaps())
 
-    def all_alike(self) -> bool:
-        """No group is known to be slower than another."""
-        return not self.speeds.cost() and not self.speeds.handicaps()
-
     def whose(self, layer: int, part: Part) -> GroupId:
         """The group of a part; where no living one holds its experts, the one that did last."""
         if part.group >= 0:

@@ -75,7 +75,7 @@ class Dispatcher:
         traceparent = step.detail.open(times) if step.detail is not None and times is not None else ""
         new_call = partial(caller.call, step, layer, step.priority, traceparent)
         rows = local_TH, index_TK, weight_TK
-        parts = place(self._fabric, caller, layer, rows, rows_P, decode, new_call)
+        parts = place(self._fabric, caller.speeds, layer, rows, rows_P, decode, new_call)
         if parts is None:
             owner_E = caller.owners(layer, experts_P, decode)
             weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()

@@ -14,9 +14,9 @@ import torch
 
 from cluster.core import GroupId, LayerCall
 from cluster.kernels.rows import Owners, can_divide, divide_into
-from cluster.routing.caller import Caller
 from cluster.routing.choice import LayerCopies
 from cluster.routing.fabric import Fabric
+from cluster.routing.speeds import Speeds
 from cluster.routing.split import Ints, Part
 from cluster.transport.base import Room, Transport
 
@@ -35,7 +35,7 @@ class _Place:
 
 def place(
     fabric: Fabric,
-    caller: Caller,
+    speeds: Speeds,
     layer: int,
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     rows_P: Ints,
@@ -57,7 +57,7 @@ def place(
     if places is None:
         return None
     try:
-        owners = _owners(copies, caller, layer, index_TK, decode)
+        owners = _owners(copies, speeds, index_TK, decode)
         return _fill(places, owners, num_groups, rows, rows_P)
     except BaseException:
         _leave(places)
@@ -73,16 +73,20 @@ def _places(
 ) -> dict[GroupId, _Place] | None:
     places: dict[GroupId, _Place] = {}
     num_tokens, hidden_size = hidden_TH.shape
-    for group in groups:
-        link = fabric.up(group)
-        room = None
-        if link is not None and link.kind in ROOMY:
-            call = new_call()
-            room = link.room(call, num_tokens, hidden_size, num_pairs)
-        if link is None or room is None:
-            _leave(places)
-            return None
-        places[group] = _Place(link, call, room)
+    try:
+        for group in groups:
+            link = fabric.up(group)
+            room = None
+            if link is not None and link.kind in ROOMY:
+                call = new_call()
+                room = link.room(call, num_tokens, hidden_size, num_pairs)
+            if link is None or room is None:
+                _leave(places)
+                return None
+            places[group] = _Place(link, call, room)
+    except BaseException:
+        _leave(places)
+        raise
     return places
 
 
@@ -91,13 +95,15 @@ def _leave(places: dict[GroupId, _Place]) -> None:
         each.room.leave()
 
 
-def _owners(copies: LayerCopies, caller: Caller, layer: int, index_TK: torch.Tensor, decode: bool) -> Owners:
+def _owners(copies: LayerCopies, speeds: Speeds, index_TK: torch.Tensor, decode: bool) -> Owners:
     """Whom to ask for each expert, or between which two groups to choose on the way."""
     if not copies.any_choice:
         return Owners(copies.owner_E, None)
-    if decode and copies.second_E is not None and caller.all_alike():
+    cost, handicaps = speeds.cost(), speeds.handicaps()
+    if decode and copies.second_E is not None and not cost and not handicaps:
         return Owners(copies.owner_E, copies.second_E)
-    return Owners(caller.owners(layer, index_TK.reshape(-1).numpy(), decode), None)
+    # Of these copies, whoever is trusted again meanwhile: others were given no room.
+    return Owners(copies.choose(index_TK.reshape(-1).numpy(), decode, cost, handicaps), None)
 
 
 def _fill(

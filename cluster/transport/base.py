@@ -61,8 +61,8 @@ class Room(Protocol):
     pairs_at: int
 
     def rows(self, num_rows: int, num_pairs: int) -> LayerRows:
-        """The payload, after that many rows and pairs have been written. It is good until its call was answered or
-        cancelled."""
+        """The payload, after that many rows and pairs have been written. It is good until its call is cancelled, or
+        its reply, or error, is gone."""
         ...
 
     def leave(self) -> None:

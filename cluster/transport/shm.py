@@ -3,8 +3,8 @@
 The router makes the memory (`memfd`), keeps its accounts, and passes it over a socket of Linux's abstract namespace;
 neither has a name in a file system, so whatever way either end dies, nothing is left to clean up. For each call the
 router allocates one block for the rows and their answer. The group computes on the rows where they lie and writes the
-answer beside them: one copy on each side. Waits block in the kernel, and whoever waits for an answer reads the socket
-itself, so that an answer crosses no other thread.
+answer beside them: one copy on each side (of rows that are written into a `Room`, none on this one). Waits block in the
+kernel, and whoever waits for an answer reads the socket itself, so that an answer crosses no other thread.
 
 That both ends are on one host is proved, not believed: the group reads a nonce from the memory and sends it back.
 """
@@ -215,9 +215,11 @@ class ShmTransport:
         try:
             frame = self._orders.take(call) + room.header + encode_ids(call, num_pairs)
             self._socket.send(frame, socket.MSG_DONTWAIT)
-        except OSError:  # the group is busy and the socket full; or the link broke, which a call will find
+        except BaseException as exc:
             room.give_back()
-            return None
+            if isinstance(exc, OSError):  # the group is busy, its socket full; or the link broke, as a call will find
+                return None
+            raise
         room.call_id = call.call_id
         self._rooms[call.call_id] = room
         return room
@@ -368,6 +370,7 @@ class ShmTransport:
             reply = LayerReply(partial_TH, queue_s, compute_s, load_s, expert, load_bytes)
             pending.resolve(reply, answered_s)
         else:
+            pending.partial_TH = partial_TH  # whoever sends these rows elsewhere reads them first
             try:
                 raise_for_status(
                     decode_reply_head(frame), frame, self.group, pending.call.layer, pending.answered.shape

@@ -164,6 +164,40 @@ def test_where_one_link_has_no_memory_all_are_divided_first() -> None:
     assert not any(link.rooms for link in world.links())
 
 
+def test_a_group_that_is_trusted_again_meanwhile_is_asked_in_the_next_layer() -> None:
+    world, given = RoomyWorld(3, copies=2).connected(), batch(9)
+    dispatcher = world.dispatcher()
+    world.caller.speeds._cost = {0: 2.0, 1: 1.0, 2: 1.0}  # so that more is asked than who has fewer experts
+    world.fabric.suspect(2, given[0])
+    first = min(world.links(), key=lambda link: link.group)
+    room = first.room
+
+    def answers_again(call: LayerCall, *shape: int) -> FakeRoom | None:
+        world.fabric._suspects.clear()
+        world.fabric._copies = {}
+        return room(call, *shape)
+
+    first.room = answers_again  # type: ignore[method-assign, assignment]
+    for asked in ({0, 1}, {0, 1, 2}):
+        world.calls.clear()
+        assert torch.allclose(dispatcher(StepContext(1), 0, *given), wanted(*given), atol=1e-5)
+        assert {group for group, *_ in world.calls} == asked
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_no_room_is_kept_where_another_cannot_be_had(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, given = RoomyWorld(2).connected(), batch(4)
+    dispatcher = world.dispatcher()
+
+    def broken(*_: object) -> None:
+        raise ValueError("boom")
+
+    monkeypatch.setattr(sorted(world.links(), key=lambda link: link.group)[fails_at], "room", broken)
+    with pytest.raises(ValueError, match="boom"):
+        dispatcher(StepContext(1), 0, *given)
+    assert not any(link.rooms for link in world.links())
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_of_two_copies_the_same_is_chosen_as_by_the_plain_loop(data: st.DataObject) -> None:
