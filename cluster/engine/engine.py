@@ -186,23 +186,42 @@ class Engine:
     def _run(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
-        while not self._closed_and_told():
-            self._foresee()
-            with self._lock:
-                started_s = self._progress_s = self._clock()
-                again = self._closed or bool(self._cancelled)  # came while events were handed out
-                shares = [] if again else self._scheduler.next_step()
-                if shares:
-                    self._stats.steps += 1
-                    self._stats.max_batch = max(self._stats.max_batch, len(shares))
-                    step = StepContext(self._stats.steps, ledger=self._ledger)
-                    lives = [self._by_sequence[share.sequence] for share in shares]
-                elif not again:
-                    self._lock.wait(0.5)
+        going = True
+        while going:
+            try:
+                going = self._turn()
+            except Exception:
+                log.exception("the engine failed between two steps")
+                going = self._end_all(InternalError("the engine failed; see the router's log"))
+
+    def _turn(self) -> bool:
+        """One step, or a wait for something to do; False once the engine is closed."""
+        if self._closed_and_told():
+            return False
+        self._foresee()
+        with self._lock:
+            started_s = self._progress_s = self._clock()
+            again = self._closed or bool(self._cancelled)  # came while events were handed out
+            shares = [] if again else self._scheduler.next_step()
             if shares:
-                self._step(step, shares, lives, started_s)
+                self._stats.steps += 1
+                self._stats.max_batch = max(self._stats.max_batch, len(shares))
+                step = StepContext(self._stats.steps, ledger=self._ledger)
+                lives = [self._by_sequence[share.sequence] for share in shares]
             elif not again:
-                self._leave_all()
+                self._lock.wait(0.5)
+        if shares:
+            self._step(step, shares, lives, started_s)
+        elif not again:
+            self._leave_all()
+        return True
+
+    def _end_all(self, error: ExpertMeshError) -> bool:
+        """All requests end with this; False if the engine is closed."""
+        with self._lock:
+            for live in list(self._live.values()):
+                self._end(live, error=error)
+            return not self._closed
 
     def _foresee(self) -> None:
         """What new prompts will want. Not under the lock: it asks a gate."""
@@ -221,10 +240,8 @@ class Engine:
         """Ends what was cancelled or has expired, all of it once the engine is closed, and hands out the events."""
         with self._lock:
             self._drop_cancelled_and_expired()
-            closed = self._closed
-            if closed:
-                for live in list(self._live.values()):
-                    self._end(live, error=Unavailable("the router is shutting down; retry elsewhere"))
+            if closed := self._closed:
+                self._end_all(Unavailable("the router is shutting down; retry elsewhere"))
         self._settled_s = self._clock()
         self._hand_out()
         self._told_s = self._clock()

@@ -115,6 +115,27 @@ def test_requests_share_steps_and_each_gets_its_own_tokens() -> None:
     target.close()
 
 
+@pytest.mark.parametrize("broken", ["ran", "next_step"])
+def test_an_error_between_two_steps_ends_what_runs_and_not_the_engine(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    target = engine(model)
+    own, failures = getattr(target._scheduler, broken), [RuntimeError("boom")] * 2
+
+    def fails_twice(*given: object) -> object:
+        if failures and target._live:
+            raise failures.pop()
+        return own(*given)
+
+    monkeypatch.setattr(target._scheduler, broken, fails_twice)
+    for first in (1, 2):
+        assert isinstance(collect(ask(target, first)[1])[1].error, InternalError)
+    assert collect(ask(target, 5)[1])[0] == [6, 7, 8]
+    assert (target.stats().running, target.stats().waiting) == (0, 0)
+    target.close()
+
+
 def test_a_stop_id_ends_the_sequence_and_is_its_last_token() -> None:
     target = engine(Model())
     tokens, last = collect(ask(target, 5, new=20, stop_ids=(8,))[1])
