@@ -11,7 +11,16 @@ from cluster.core import LayerCall, Order, Priority
 from cluster.errors import MissingExperts, Overloaded
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.base import LayerReply, LayerRows
-from cluster.transport.codec import encode_announced_call, encode_call, encode_cancel, encode_go, encode_order
+from cluster.transport.codec import (
+    Placement,
+    encode_announced_call,
+    encode_call,
+    encode_cancel,
+    encode_form,
+    encode_go,
+    encode_ids,
+    encode_order,
+)
 from cluster.transport.handshake import encode_hello, encode_welcome
 from cluster.transport.replies import encode_error, encode_reply
 
@@ -65,7 +74,23 @@ def layer_calls(draw: st.DrawFn, hidden: int, experts: int, layers: int) -> byte
 ORDERS = st.builds(
     lambda layer, chances: encode_order(Order(3, layer, chances)), st.integers(0, 5), st.binary(max_size=20)
 )
-SMALL = st.integers(1, 2**40).flatmap(lambda number: st.sampled_from([encode_cancel(number), encode_go(number)]))
+_FEW = st.integers(0, 6)
+SMALL = st.integers(1, 2**40).map(encode_cancel) | st.builds(encode_go, st.integers(1, 2**40), _FEW, _FEW)
+
+
+@st.composite
+def local_calls(draw: st.DrawFn, hidden: int, layers: int, memory_bytes: int) -> list[bytes]:
+    """What announces a call in shared memory, and the go that may follow: for as much as was announced, or another."""
+    offset = st.integers(0, memory_bytes // 64).map(lambda number: 64 * number)
+    placement = draw(st.sampled_from([Placement.AHEAD, Placement.AHEAD, Placement.SHARED]))
+    shape = draw(st.integers(0, 6)), draw(st.sampled_from([hidden, hidden, hidden, 1, 2**20]))
+    form = encode_form(torch.float32, shape, placement, draw(offset), draw(offset), draw(offset))
+    number, pairs = draw(st.integers(1, 40)), draw(_FEW)
+    call = LayerCall(number, 3, draw(st.integers(0, layers)), 1, 1, draw(st.sampled_from(list(Priority))), 1000)
+    frames = [draw(mutated(st.just(form + encode_ids(call, pairs))))]
+    if draw(st.booleans()):
+        frames.append(draw(mutated(st.builds(encode_go, st.sampled_from([number, number, 7]), _FEW, _FEW))))
+    return frames + [encode_cancel(number)] * draw(st.integers(0, 1))
 
 
 def to_group(hidden: int, experts: int, layers: int) -> st.SearchStrategy[bytes]:

@@ -4,7 +4,10 @@ of ours, soon, and without memory that grows. `make fuzz` takes ten minutes and 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import gc
 import itertools
+import logging
 import os
 import socket
 import time
@@ -27,15 +30,16 @@ from cluster.core import LayerCall
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.experts.group import ExpertGroup
 from cluster.experts.server import _Stream
-from cluster.rpc.v1 import control_pb2
+from cluster.rpc.v1 import control_pb2, links_pb2
 from cluster.rpc.v1 import inference_pb2 as pb
 from cluster.transport.base import LayerRows
-from cluster.transport.codec import decode_call, decode_call_id, decode_order, encode_call
-from cluster.transport.handshake import decode_hello, decode_welcome
+from cluster.transport.codec import PROTOCOL_VERSION, decode_call, decode_call_id, decode_go, decode_order, encode_call
+from cluster.transport.handshake import decode_hello, decode_welcome, encode_hello
+from cluster.transport.mapped import SEALS
 from cluster.transport.replies import ReplyStatus, decode_reply_head, decode_times, raise_for_status, reply_rows
 from cluster.weights.checkpoint import Checkpoint
 from tests.conftest import MakeTiny
-from tests.fuzz.frames import HELLOS, REPLIES, mutated, to_group
+from tests.fuzz.frames import HELLOS, REPLIES, local_calls, mutated, to_group
 from tests.systems import config_for, experts_per_layer
 
 MOST_GROWN_BYTES = 400 * 1024**2
@@ -89,7 +93,7 @@ def test_handshakes(fuzz: Fuzz) -> None:
 
 def test_frames_of_routers(fuzz: Fuzz) -> None:
     def target(frame: bytes) -> None:
-        for decode in (decode_call, decode_order, decode_call_id):
+        for decode in (decode_call, decode_order, decode_call_id, decode_go):
             with contextlib.suppress(ExpertMeshError):
                 decode(frame)  # type: ignore[operator]
 
@@ -159,6 +163,53 @@ def test_frames_at_the_local_socket(fuzz: Fuzz, group: ExpertGroup) -> None:
                     pass
 
     fuzz(target, st.lists(mutated(HELLOS) | st.binary(min_size=1, max_size=100), min_size=1, max_size=3))
+    assert len(os.listdir("/proc/self/fd")) < 500
+
+
+def test_frames_of_a_router_over_shared_memory(
+    fuzz: Fuzz, group: ExpertGroup, tiny: MakeTiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a good handshake; nothing is read or written outside the memory that the two share, nor by a call that has
+    no go. Afterwards no call is left."""
+    # What is logged is kept here, with the errors and all that these were raised in.
+    caplog.set_level(logging.ERROR, "cluster.experts.shm_server")
+    server = group.shm_server
+    assert server is not None
+    identity, size = server._identity, 1024 * 1024
+    greeting = links_pb2.Hello(
+        protocol=PROTOCOL_VERSION,
+        fingerprint=identity.fingerprint,
+        dtype=identity.dtype,
+        secret=identity.secret,
+        memory_bytes=size,
+    )
+
+    def target(calls: list[list[bytes]]) -> None:
+        fd = os.memfd_create("expertmesh-fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer, os.fdopen(fd, "r+b") as memory:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+            memory.write(b"\x01" * size)
+            memory.flush()
+            peer.settimeout(SLOWEST_S)
+            peer.connect(b"\0" + server.address.encode())
+            socket.send_fds(peer, [encode_hello(greeting)], [fd])
+            assert decode_welcome(peer.recv(65536)) is not None
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for frame in itertools.chain.from_iterable(calls):
+                    if frame:
+                        peer.send(frame[:60000])
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65536):
+                    pass
+        limit = time.monotonic() + SLOWEST_S
+        while server.num_links() and time.monotonic() < limit:
+            time.sleep(0.0005)
+        assert not server.num_links()
+        assert group.host.progress_age_s() < SLOWEST_S
+
+    fuzz(target, st.lists(local_calls(_hidden(tiny("mixtral")), LAYERS, size), min_size=1, max_size=4))
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) < 500
 
 
