@@ -1,8 +1,8 @@
 """A decode step's rows written straight into the memory of the links that carry them, by one compiled call.
 
 What `cluster.routing.split` and a link's own copy do one after the other, and for each group anew, is done at once
-where all groups of a layer are reached over shared memory and no group is slower than another: a step does it once a
-layer, and nothing of the interpreter is in the caches then.
+where all groups of a layer are reached over shared memory: a step does it once a layer, and nothing of the interpreter
+is in the caches then. Between two copies the call chooses itself, unless a group is known to be slower than another.
 """
 
 from __future__ import annotations
