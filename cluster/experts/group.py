@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from cluster.config import Config
-from cluster.core import GroupId, GroupInfo, LayerCall, Order, StoreFacts
+from cluster.core import GroupId, GroupInfo, LayerCall, StoreFacts
 from cluster.errors import Unavailable
 from cluster.experts.bank import ExpertBank
 from cluster.experts.compute import Compute
@@ -87,12 +87,13 @@ class ExpertGroup:
         compute = with_faults(self.bank.compute, group, config.faults, notes)
         self._fingerprint, self._dtype = checkpoint.fingerprint, DTYPE_NAMES[dtype]
         self.host: ExpertHost | InlineHost
+        on_order = None if self.bank.store is None else self.bank.store.order
         if listen:
             self.host = ExpertHost(
-                compute, f"experts-{group}", threads, notes=notes, observe=self._observe, on_order=self._order
+                compute, f"experts-{group}", threads, notes=notes, observe=self._observe, on_order=on_order
             )
         else:
-            self.host = InlineHost(compute, notes=notes, observe=self._observe, on_order=self._order)
+            self.host = InlineHost(compute, notes=notes, observe=self._observe, on_order=on_order)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)
         if config.warm_up:
             self._warm_up(hidden_size, dtype)
@@ -136,10 +137,6 @@ class ExpertGroup:
     def _observe(self, call: LayerCall, started_s: float, ended_s: float, reply: LayerReply) -> None:
         if self.telemetry is not None:
             self.telemetry.layer_call(call, started_s, ended_s, reply.queue_s, reply.load_s, reply.partial_TH.shape[0])
-
-    def _order(self, order: Order) -> None:
-        if self.bank.store is not None:
-            self.bank.store.order(order)
 
     def told_by(self, epoch: int) -> None:
         """A coordinator of this epoch speaks; those before it are not listened to any more.

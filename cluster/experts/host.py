@@ -1,8 +1,9 @@
-"""One expert group: a bounded queue of layer calls and the one thread that computes them.
+"""One expert group: a bounded queue of layer calls, and one thread at a time that computes them.
 
 Calls that were sent again and decode calls are taken before prefill calls. Whoever carries the calls (gRPC server,
 in-process link) only queues them and is told when they are done. Local sockets are read by the compute thread itself
-between two calls, so that a call over shared memory meets one thread only.
+between two calls, so that a call over shared memory meets one thread only. A gRPC stream lends the thread that will
+send the answer: where nothing else is going on it computes a decode call itself, which spares waking another one.
 """
 
 from __future__ import annotations
@@ -30,11 +31,18 @@ Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
 OnOrder = Callable[[Order], None]
+Lend = Callable[[], bool]
 _PREFILL = int(Priority.PREFILL)
 MAX_LAYERS = 4096
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
 MAX_ROUNDS = 64
 """Looks at the sockets before the next call is computed, whatever still comes in."""
+
+
+class _Ready(threading.local):
+    """Whether this thread has been made ready to compute."""
+
+    yes = False
 
 
 class ExpertHost:
@@ -63,6 +71,8 @@ class ExpertHost:
         self._tickets = itertools.count()
         self._queued_bytes = 0
         self._lock = threading.Lock()
+        self._computes = threading.Lock()  # held by the thread that computes
+        self._ready = _Ready()
         self._closed = self._busy = self._asleep = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
@@ -76,11 +86,13 @@ class ExpertHost:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
-        """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait."""
+    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
+        """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait. ``lend`` wakes a
+        thread that calls `work` next, or returns False; it is asked when a call that is not prefill finds nothing else
+        to be done, and weights need not be waited for: that thread cannot take orders meanwhile."""
         size = rows.hidden_TH.nbytes
         error: ExpertMeshError | None = None
-        asleep = False
+        asleep = lent = False
         if len(self._steps) > MAX_LAYERS:  # no model has so many: somebody makes them up
             self._steps.clear()
         self._steps[call.layer] = call.step_id
@@ -93,6 +105,12 @@ class ExpertHost:
                 self._queued_bytes += size
                 entry = (int(call.priority), next(self._tickets), self._clock(), call, rows, pending)
                 heapq.heappush(self._heap, entry)
+                alone = self._asleep and not self._busy and len(self._heap) == 1
+                lent = lend is not None and alone and call.priority < _PREFILL and self._on_order is None
+                if not lent:
+                    asleep, self._asleep = self._asleep, False
+        if lent and lend is not None and not lend():
+            with self._lock:
                 asleep, self._asleep = self._asleep, False
         if asleep:
             os.eventfd_write(self._bell, 1)  # not under the lock, which whom it wakes takes first
@@ -143,26 +161,42 @@ class ExpertHost:
             entry[-1].fail(Unavailable("the group is shutting down"))
         self._thread.join(timeout=10)
 
+    def work(self) -> None:
+        """Computes the next call in the calling thread, unless another one computes: that one will find the call. The
+        compute thread looks for what nobody took when it next wakes, after a second at the latest."""
+        if self._computes.acquire(blocking=False):
+            try:
+                self._compute_next()
+            finally:
+                self._computes.release()
+
     def _run(self) -> None:
-        _yield_to_senders()
-        if self._threads:
-            torch.set_num_threads(self._threads)
-        while True:
+        while not self._closed:
             self._listen()
-            with self._lock:
-                if self._closed:
-                    return
+            if self._heap:
+                with self._computes:
+                    self._compute_next()
+            elif not self._busy:
                 self._progress_s = self._clock()
-                if not self._heap:
-                    continue
-                _, _, queued_s, call, rows, pending = heapq.heappop(self._heap)
-                self._queued_bytes -= rows.hidden_TH.nbytes
-                self._busy = True
-            self._answer(queued_s, call, rows, pending)
-            del rows, pending  # what they hold may be memory of a link
-            now_s = self._clock()
-            self.busy_s += now_s - self._progress_s
-            self._progress_s, self._busy = now_s, False
+
+    def _compute_next(self) -> None:
+        """Takes the most urgent call, if there is one, and answers it. By whoever holds the right to compute."""
+        if not self._ready.yes:
+            self._ready.yes = True
+            _yield_to_senders()
+            if self._threads:
+                torch.set_num_threads(self._threads)  # torch keeps this number for each thread
+        with self._lock:
+            if self._closed or not self._heap:
+                return
+            _, _, queued_s, call, rows, pending = heapq.heappop(self._heap)
+            self._queued_bytes -= rows.hidden_TH.nbytes
+            self._progress_s, self._busy = self._clock(), True
+        self._answer(queued_s, call, rows, pending)
+        del rows, pending  # what they hold may be memory of a link
+        now_s = self._clock()
+        self.busy_s += now_s - self._progress_s
+        self._progress_s, self._busy = now_s, False
 
     def _listen(self) -> None:
         """Reads what the sockets have, or after a wait for it until a call that is not prefill has come; waits for it,
@@ -265,13 +299,16 @@ class InlineHost:
         self.busy_s = 0.0
         self._since_s: float | None = None
 
-    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
+    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
         """Computes the call; ``pending`` has its answer afterwards."""
         self._since_s = self._clock()
         if answer(self._compute, call, rows, pending, 0.0, self._clock, self._notes, self._observe):
             self.calls += 1
         self.busy_s += self._clock() - self._since_s
         self._since_s = None
+
+    def work(self) -> None:
+        """Nothing is left to do."""
 
     def cancel(self, pending: PendingReply) -> None:
         """Every call has been answered already."""

@@ -6,7 +6,7 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +44,14 @@ from cluster.transport.replies import (
 
 log = logging.getLogger(__name__)
 
-Parsed = bytes | ExpertMeshError
-_TAKEN = b"\0"
+_TAKEN, _WORK = object(), object()
+"""What gRPC makes of a frame that needs nothing more, and of a call that who reads the stream computes."""
+_READ = object()
+"""In a stream's outbox: somebody else reads frames now."""
+Parsed = bytes | ExpertMeshError | object
+Send = Callable[[bytes | None], object]
 _CALL, _CANCEL, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.ORDER)
+_NON_BLOCKING = "experimental_non_blocking"
 ALL_INTERFACES = ("0.0.0.0", "[::]")
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 1024
@@ -67,15 +72,75 @@ class Offers:
 
 
 class _Stream:
-    """One router's stream: frames that wait to be sent, calls in flight, and its process groups if it has any."""
+    """One router's stream: frames that wait to be sent, calls in flight, and its process groups if it has any.
+
+    Two threads serve it. One waits for frames, and so has nothing to do when a call comes: it computes decode calls
+    that find the group idle, and sends their answers. Meanwhile the other one, which sends what others leave in the
+    outbox, waits for frames in its place.
+    """
 
     def __init__(self, group: GroupId, handler: CallHandler) -> None:
         self.group, self._handler = group, handler
-        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.calls: dict[int, PendingReply] = {}
         self._order = threading.Lock()
         self.payload: PayloadPair | None = None
-        self.calls_inline = False
+        self.calls_inline = self._lends = self._lent = False
+        self._computed: dict[int, list[bytes]] = {}  # answers of calls that a thread of the stream computes, by thread
+        self._sending = threading.Lock()
+        self._status = threading.Lock()  # taken once, by the thread that ends the stream
+        self._send: Send = self.outbox.put
+
+    def read(self, frames: Iterator[Parsed]) -> bool:
+        """Takes frames in the calling thread until they end; False if another thread reads on.
+
+        Raises:
+            LinkBroken, InvalidArgument: see `take`.
+            grpc.RpcError, Exception: the stream broke.
+        """
+        for frame in frames:
+            if frame is _WORK:
+                self._compute()
+                return False
+            if isinstance(frame, bytes):
+                self.take(frame)
+            elif isinstance(frame, ExpertMeshError):
+                raise frame
+        return True
+
+    def _compute(self) -> None:
+        self.outbox.put(_READ)
+        thread = threading.get_ident()
+        frames = self._computed[thread] = []
+        self._handler.work()
+        del self._computed[thread]
+        for frame in frames:  # now that others may compute
+            self._send(frame)
+
+    def send_with(self, send: Send) -> None:
+        """From now on ``send`` is called, by one thread at a time; it may wait for the router."""
+
+        def send_in_turn(frame: bytes | None) -> None:
+            with self._sending:
+                send(frame)
+
+        self._send, self._lends = send_in_turn, self.calls_inline  # what has a payload is not taken while it is parsed
+
+    def work(self, read: Callable[[], object]) -> None:
+        """Sends what waits, until the end; ``read``, when it is this thread's turn, takes frames until another
+        thread reads on, or they end and it has called `end`. For both threads."""
+        while (frame := self.outbox.get()) is not None:
+            if frame is not _READ:
+                self._send(frame)
+            else:
+                read()
+        self.outbox.put(None)  # for the other thread
+        if self._status.acquire(blocking=False):
+            self._send(None)
+
+    def _lend(self) -> bool:
+        self._lent = True
+        return True
 
     def end(self, error: LinkBroken | None = None) -> None:
         """The stream's sender stops."""
@@ -93,7 +158,12 @@ class _Stream:
     def answer(self, call_id: int, reply: LayerReply) -> None:
         """Sends an answer: behind its header, or announced and then by the process group."""
         if self.payload is None:
-            self.outbox.put(encode_reply(call_id, reply))
+            frame = encode_reply(call_id, reply)
+            mine = self._computed.get(threading.get_ident())
+            if mine is None:
+                self.outbox.put(frame)
+            else:
+                mine.append(frame)
             return
         with self._order:
             self.outbox.put(reply_header(call_id, reply, Placement.ANNOUNCED))
@@ -105,11 +175,12 @@ class _Stream:
         gets what is left to do."""
         if not self.calls_inline:
             return frame
+        self._lent = False
         try:
             self.take(frame)
         except ExpertMeshError as exc:
             return exc
-        return _TAKEN
+        return _WORK if self._lent else _TAKEN
 
     def take(self, frame: bytes | memoryview) -> None:
         """One frame of the router.
@@ -149,7 +220,7 @@ class _Stream:
             return
         pending = _StreamReply(self, call)
         self.calls[call.call_id] = pending
-        self._handler.submit(call, rows, pending)
+        self._handler.submit(call, rows, pending, self._lend if self._lends else None)
 
 
 class _StreamReply(PendingReply):
@@ -192,8 +263,11 @@ class _Calls:
         """For a router that is about to say hello."""
         return _Stream(self._identity.group, self._handler)
 
-    def serve(self, stream: _Stream, frames: Iterator[Parsed], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The method's handler; runs in a thread of the server for as long as the stream lives."""
+    def serve(
+        self, stream: _Stream, frames: Iterator[Parsed], context: grpc.ServicerContext, send: Send | None = None
+    ) -> Iterator[bytes]:
+        """The method's handler; runs in a thread of the server for as long as the stream lives. gRPC gives ``send`` to
+        handlers that are marked as `_NON_BLOCKING`; one that does not know the mark sends what this returns."""
         impatience = threading.Timer(HANDSHAKE_TIMEOUT_S, context.cancel)
         impatience.start()
         first = next(frames, b"")
@@ -206,18 +280,20 @@ class _Calls:
             self.refused += 1
             log.warning("link refused: %s", problem)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
-            return
+            return iter(())
         stream.calls_inline = not hello.payload
         context.add_callback(stream.end)
         self.streams.add(context)
-        try:
-            yield encode_welcome(self._welcome(hello))
-            threading.Thread(target=self._read, args=(frames, hello, stream), name="layer-calls", daemon=True).start()
-            while (frame := stream.outbox.get()) is not None:
-                yield frame
-        finally:
-            self.streams.discard(context)
-            stream.close()
+        stream.outbox.put(encode_welcome(self._welcome(hello)))
+        read = functools.partial(self._read, frames, hello, stream, context)
+        if send is None:
+            threading.Thread(target=read, name="layer-calls", daemon=True).start()
+            return iter(stream.outbox.get, None)
+        stream.send_with(send)
+        stream.outbox.put(_READ)
+        threading.Thread(target=stream.work, args=(read,), name="layer-calls", daemon=True).start()
+        stream.work(read)
+        return iter(())
 
     def _welcome(self, hello: links_pb2.Hello) -> links_pb2.Welcome:
         welcome = links_pb2.Welcome(
@@ -235,7 +311,10 @@ class _Calls:
             welcome.store = self._store.address
         return welcome
 
-    def _read(self, frames: Iterator[Parsed], hello: links_pb2.Hello, stream: _Stream) -> None:
+    def _read(
+        self, frames: Iterator[Parsed], hello: links_pb2.Hello, stream: _Stream, context: grpc.ServicerContext
+    ) -> bool:
+        """See `_Stream.work`."""
         try:
             if hello.payload:
                 assert self._store is not None
@@ -249,19 +328,18 @@ class _Calls:
                     self._host_address,
                     stream.end,
                 )
-            for frame in frames:
-                if isinstance(frame, ExpertMeshError):
-                    raise frame
-                if frame is not _TAKEN:
-                    stream.take(frame)
+            if not stream.read(frames):
+                return False
         except ExpertMeshError as exc:
             log.warning("link ended: %s", exc)
         except grpc.RpcError:
             log.debug("link ended by the router")
         except Exception:  # grpc raises a bare Exception when the stream is cancelled while it is being read
             log.debug("link ended while it was read", exc_info=True)
-        finally:
-            stream.end()
+        stream.end()
+        self.streams.discard(context)
+        stream.close()
+        return True
 
 
 class _Streams(grpc.GenericRpcHandler):
@@ -275,7 +353,8 @@ class _Streams(grpc.GenericRpcHandler):
         if handler_call_details.method != f"/{SERVICE}/{METHOD}":
             return None
         stream = self._calls.new_stream()
-        behavior = functools.partial(self._calls.serve, stream)
+        behavior: Any = functools.partial(self._calls.serve, stream)
+        setattr(behavior, _NON_BLOCKING, True)
         return grpc.stream_stream_rpc_method_handler(behavior, request_deserializer=stream.parse)
 
 

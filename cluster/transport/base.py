@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -226,8 +227,15 @@ class Transport(Protocol):
 class CallHandler(Protocol):
     """What answers layer calls on the group's side: whoever carries them hands them to this."""
 
-    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
-        """Queues the call; ``pending`` is set when it is computed. Never blocks, never raises."""
+    def submit(
+        self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Callable[[], bool] | None = None
+    ) -> None:
+        """Queues the call; ``pending`` is set when it is computed. Never blocks, never raises. ``lend``, if it is asked
+        and does not return False, has another thread call `work`."""
+        ...
+
+    def work(self) -> None:
+        """Computes the next call in the calling thread, unless another thread computes."""
         ...
 
     def cancel(self, pending: PendingReply) -> None:

@@ -98,9 +98,9 @@ def test_pairs_and_header_arrive_as_they_were_sent(link: Transport, group: EchoG
     seen: list[tuple[LayerCall, LayerRows]] = []
     submit = group.host.submit
 
-    def watch(got: LayerCall, its: LayerRows, pending: PendingReply) -> None:
+    def watch(got: LayerCall, its: LayerRows, pending: PendingReply, *lend: Callable[[], bool] | None) -> None:
         seen.append((got, LayerRows(its.hidden_TH.clone(), its.pairs_3P.copy())))
-        submit(got, its, pending)
+        submit(got, its, pending, *lend)
 
     group.host.submit = watch  # type: ignore[method-assign]
     sent, given = LayerCall(9, 8, 0, 6, 5, Priority.PREFILL, 4000, "00-" + "a" * 32 + "-" + "b" * 16 + "-01"), rows(37)
@@ -362,3 +362,40 @@ def test_nobody_at_the_address_is_a_broken_link_at_once(kind: str, group: EchoGr
     group.shm.close()
     with pytest.raises(LinkBroken):
         connect(kind, group)
+
+
+def test_decode_calls_over_grpc_are_computed_by_the_streams_threads_unless_the_group_is_busy(group: EchoGroup) -> None:
+    threads: list[str] = []
+    compute = group.host._compute
+
+    def watch(layer: int, given: LayerRows) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return compute(layer, given)
+
+    group.host._compute = watch
+    link = connect("grpc", group)
+    for number in range(1, 30):
+        wait_until(lambda: group.host._asleep)
+        answer(link, number, rows(number))
+    assert all("data-plane" in name or name == "layer-calls" for name in threads)
+    stuck = link.submit(call(100, BLOCKED), rows(1), soon())
+    assert group.compute.entered.wait(SOON)
+    others = [link.submit(call(number), rows(2), soon()) for number in range(101, 110)]
+    wait_until(lambda: len(group.host._heap) == len(others))  # read, though the reading thread computes
+    group.compute.open.set()
+    for pending in [stuck, *others]:
+        pending.wait(soon())
+    link.close()
+
+
+def test_links_work_where_grpc_has_no_handlers_that_send_from_any_thread(
+    monkeypatch: pytest.MonkeyPatch, group: EchoGroup
+) -> None:
+    monkeypatch.setattr("cluster.experts.server._NON_BLOCKING", "of_another_version")
+    link = connect("grpc", group)
+    for number in range(1, 10):
+        answer(link, number, rows(number))
+    pending = [link.submit(call(number), rows(2), soon()) for number in range(20, 40)]
+    for one in pending:
+        one.wait(soon())
+    link.close()

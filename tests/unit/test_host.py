@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -108,3 +109,110 @@ def test_the_compute_thread_does_not_push_away_who_wakes_it() -> None:
     host.close()
     assert policies == [os.SCHED_BATCH]
     assert os.sched_getscheduler(0) != os.SCHED_BATCH, "and nobody else's"
+
+
+class Lender:
+    """A thread that is lent: computes in the thread that calls `work` here."""
+
+    def __init__(self, willing: bool = True) -> None:
+        self.willing, self.asked = willing, 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.willing
+
+
+def lent(host: ExpertHost, tag: float, lend: Lender, priority: Priority = Priority.DECODE) -> PendingReply:
+    pending = PendingReply(0, LayerCall(int(tag), 1, 0, 1, 1, priority))
+    host.submit(pending.call, rows(tag), pending, lend)
+    return pending
+
+
+def when_idle(host: ExpertHost) -> None:
+    ends_s = time.monotonic() + SOON
+    while not host._asleep:
+        assert time.monotonic() < ends_s
+        time.sleep(0.001)
+
+
+def test_a_decode_call_that_finds_the_group_idle_is_computed_by_the_thread_that_is_lent() -> None:
+    threads = []
+
+    def compute(_layer: int, given: LayerRows) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return given.hidden_TH + 1
+
+    host, lend = ExpertHost(compute), Lender()
+    when_idle(host)
+    pending = lent(host, 3, lend)
+    assert not pending.done()
+    host.work()
+    assert float(pending.wait(Deadline.after(SOON)).partial_TH[0, 0]) == 4
+    assert (threads, lend.asked, host.calls) == ([threading.get_ident()], 1, 1)
+    assert host.busy_s > 0
+    host.work()
+    assert host.calls == 1, "nothing was left to do"
+    for unwilling, priority, asked in ((Lender(), Priority.PREFILL, 0), (Lender(willing=False), Priority.DECODE, 1)):
+        when_idle(host)
+        lent(host, 1, unwilling, priority).wait(Deadline.after(SOON))
+        assert unwilling.asked == asked
+        assert threads[-1] != threading.get_ident()
+    host.close()
+
+
+def test_a_lent_thread_is_not_asked_while_a_call_runs_or_weights_may_have_to_be_waited_for() -> None:
+    gate, lend = Gate(), Lender()
+    host = ExpertHost(gate)
+    when_idle(host)
+    mine = lent(host, 1, lend)
+    computing = threading.Thread(target=host.work)
+    computing.start()
+    assert gate.entered.wait(SOON)
+    other = lent(host, 2, lend)
+    host.work()
+    assert lend.asked == 1
+    assert not other.done(), "one thread computes at a time"
+    gate.open.set()
+    for pending in (mine, other):
+        pending.wait(Deadline.after(SOON))
+    computing.join(SOON)
+    host.close()
+    host = ExpertHost(gate, on_order=lambda _order: None)
+    when_idle(host)
+    lent(host, 3, lend).wait(Deadline.after(SOON))
+    assert lend.asked == 1
+    host.close()
+
+
+def test_a_call_whose_lent_thread_never_comes_is_computed_all_the_same() -> None:
+    gate = Gate()
+    gate.open.set()
+    host = ExpertHost(gate)
+    when_idle(host)
+    lost = lent(host, 1, Lender())
+    next_one = lent(host, 2, Lender())
+    for pending in (lost, next_one):
+        pending.wait(Deadline.after(SOON))
+    assert gate.order == [1, 2]
+    when_idle(host)
+    lent(host, 3, Lender()).wait(Deadline.after(SOON))
+    host.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no such scheduling here")
+def test_a_lent_thread_does_not_push_away_who_wakes_it_and_keeps_its_threads() -> None:
+    seen = []
+
+    def compute(_layer: int, given: LayerRows) -> torch.Tensor:
+        seen.append((os.sched_getscheduler(0), torch.get_num_threads()))
+        return given.hidden_TH
+
+    host = ExpertHost(compute, threads=1)
+    when_idle(host)
+    pending = lent(host, 1, Lender())
+    worker = threading.Thread(target=host.work)
+    worker.start()
+    worker.join(SOON)
+    assert pending.done()
+    assert seen == [(os.SCHED_BATCH, 1)]
+    host.close()
