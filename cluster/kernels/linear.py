@@ -7,6 +7,7 @@ long as reading them. Which wins for how many rows depends on the CPU; so it is 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,11 +35,15 @@ class KernelTable:
     def __init__(self, seconds: dict[int, tuple[float, float | None]]) -> None:
         self.seconds = dict(sorted(seconds.items()))
         self.tiled_up_to = 0
-        """So many rows tiles are best up to, or as good."""
+        """So many rows tiles are best up to, or as good: where what they win up to there is most, all numbers of rows
+        counting alike. One at which both are about as fast, or one bad measurement, does not decide for the others."""
+        won = most = 0.0
         for rows, (plain, tiled) in self.seconds.items():
-            if tiled is None or tiled > _TIE * plain:
+            if tiled is None:
                 break
-            self.tiled_up_to = rows if rows < ROWS[-1] else sys.maxsize
+            won += math.log(_TIE * plain / tiled)
+            if won >= most:
+                most, self.tiled_up_to = won, rows if rows < ROWS[-1] else sys.maxsize
 
     @classmethod
     def measure(cls, clock: Callable[[], float] = time.perf_counter) -> KernelTable:

@@ -176,6 +176,15 @@ def test_the_table_measures_both_kernels() -> None:
     assert KernelTable(dict.fromkeys(ROWS, (1.0, None))).tiled_up_to == 0
 
 
+def test_one_number_of_rows_does_not_decide_for_all_others() -> None:
+    # One row, one thread, a machine with little memory bandwidth: both wait for weights.
+    seconds = {1: (402e-6, 440e-6), 4: (645e-6, 268e-6), 16: (720e-6, 570e-6), 64: (1.5e-3, 1.9e-3), 256: (4e-3, 6e-3)}
+    assert KernelTable(seconds).tiled_up_to == 16
+    assert KernelTable({**seconds, 16: (720e-6, 900e-6)}).tiled_up_to == 4
+    assert KernelTable({**seconds, 4: (645e-6, 640e-6), 16: (720e-6, 730e-6)}).tiled_up_to == 16
+    assert KernelTable({**seconds, 1: (402e-6, 900e-6), 4: (645e-6, 600e-6), 16: (1.0, 1.0)}).tiled_up_to == 0
+
+
 @pytest.mark.parametrize("arch", architectures())
 def test_experts_with_few_rows_and_many_share_a_call(arch: str, tiny: MakeTiny) -> None:
     path = tiny(arch)
