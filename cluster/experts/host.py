@@ -73,6 +73,8 @@ class ExpertHost:
         self._lock = threading.Lock()
         self._computes = threading.Lock()  # held by the thread that computes
         self._ready = _Ready()
+        self._lends = threads == 1 and on_order is None
+        self._lent: tuple[int, int, float, LayerCall, LayerRows, PendingReply] | None = None
         self._closed = self._busy = self._asleep = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
@@ -89,7 +91,8 @@ class ExpertHost:
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
         """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait. ``lend`` wakes a
         thread that calls `work` next, or returns False; it is asked when a call that is not prefill finds nothing else
-        to be done, and weights need not be waited for: that thread cannot take orders meanwhile."""
+        to be done. Not in a group that waits for weights, since orders would wait too, nor in one that computes with
+        several threads: a second team of them would make libgomp put all to sleep (`cluster.kernels.team`)."""
         size = rows.hidden_TH.nbytes
         error: ExpertMeshError | None = None
         asleep = lent = False
@@ -106,7 +109,9 @@ class ExpertHost:
                 entry = (int(call.priority), next(self._tickets), self._clock(), call, rows, pending)
                 heapq.heappush(self._heap, entry)
                 alone = self._asleep and not self._busy and len(self._heap) == 1
-                lent = lend is not None and alone and call.priority < _PREFILL and self._on_order is None
+                lent = lend is not None and alone and call.priority < _PREFILL and self._lends
+                if lent:
+                    self._lent = entry
                 if not lent:
                     asleep, self._asleep = self._asleep, False
         if lent and lend is not None and not lend():
@@ -160,15 +165,23 @@ class ExpertHost:
         for entry in queued:
             entry[-1].fail(Unavailable("the group is shutting down"))
         self._thread.join(timeout=10)
+        if self._computes.acquire(timeout=10):  # a thread that was lent may still compute
+            self._computes.release()
 
     def work(self) -> None:
-        """Computes the next call in the calling thread, unless another one computes: that one will find the call. The
-        compute thread looks for what nobody took when it next wakes, after a second at the latest."""
+        """Computes the call that the calling thread was lent for, unless another thread has it, or something more
+        urgent came: that is left to the compute thread. So is a call that nobody takes, within a second."""
         if self._computes.acquire(blocking=False):
             try:
-                self._compute_next()
+                self._compute_next(lent=True)
             finally:
                 self._computes.release()
+        with self._lock:  # who computed just now may have been done with the queue before the call came
+            asleep = self._asleep and bool(self._heap)
+            if asleep:
+                self._asleep = False
+        if asleep:
+            os.eventfd_write(self._bell, 1)
 
     def _run(self) -> None:
         while not self._closed:
@@ -179,8 +192,9 @@ class ExpertHost:
             elif not self._busy:
                 self._progress_s = self._clock()
 
-    def _compute_next(self) -> None:
-        """Takes the most urgent call, if there is one, and answers it. By whoever holds the right to compute."""
+    def _compute_next(self, lent: bool = False) -> None:
+        """Takes the most urgent call, if there is one (``lent``: and it is the one that a thread was lent for), and
+        answers it. By whoever holds the right to compute."""
         if not self._ready.yes:
             self._ready.yes = True
             _yield_to_senders()
@@ -189,14 +203,18 @@ class ExpertHost:
         with self._lock:
             if self._closed or not self._heap:
                 return
+            if lent and self._heap[0] is not self._lent:
+                return
             _, _, queued_s, call, rows, pending = heapq.heappop(self._heap)
+            self._lent = None
             self._queued_bytes -= rows.hidden_TH.nbytes
             self._progress_s, self._busy = self._clock(), True
-        self._answer(queued_s, call, rows, pending)
-        del rows, pending  # what they hold may be memory of a link
-        now_s = self._clock()
-        self.busy_s += now_s - self._progress_s
-        self._progress_s, self._busy = now_s, False
+        try:
+            self._answer(queued_s, call, rows, pending)
+        finally:
+            now_s = self._clock()
+            self.busy_s += now_s - self._progress_s
+            self._progress_s, self._busy = now_s, False
 
     def _listen(self) -> None:
         """Reads what the sockets have, or after a wait for it until a call that is not prefill has come; waits for it,

@@ -88,7 +88,6 @@ class _Stream:
         self.calls_inline = self._lends = self._lent = False
         self._computed: dict[int, list[bytes]] = {}  # answers of calls that a thread of the stream computes, by thread
         self._sending = threading.Lock()
-        self._status = threading.Lock()  # taken once, by the thread that ends the stream
         self._send: Send = self.outbox.put
 
     def read(self, frames: Iterator[Parsed]) -> bool:
@@ -112,17 +111,21 @@ class _Stream:
         self.outbox.put(_READ)
         thread = threading.get_ident()
         frames = self._computed[thread] = []
-        self._handler.work()
-        del self._computed[thread]
+        try:
+            self._handler.work()
+        finally:
+            del self._computed[thread]
         for frame in frames:  # now that others may compute
             self._send(frame)
 
-    def send_with(self, send: Send) -> None:
-        """From now on ``send`` is called, by one thread at a time; it may wait for the router."""
+    def send_with(self, send: Send, is_active: Callable[[], bool]) -> None:
+        """From now on ``send`` is called, by one thread at a time; it may wait for the router. None ends the stream, if
+        it ``is_active`` still."""
 
         def send_in_turn(frame: bytes | None) -> None:
             with self._sending:
-                send(frame)
+                if frame is not None or is_active():
+                    send(frame)
 
         self._send, self._lends = send_in_turn, self.calls_inline  # what has a payload is not taken while it is parsed
 
@@ -135,8 +138,7 @@ class _Stream:
             else:
                 read()
         self.outbox.put(None)  # for the other thread
-        if self._status.acquire(blocking=False):
-            self._send(None)
+        self._send(None)
 
     def _lend(self) -> bool:
         self._lent = True
@@ -284,16 +286,33 @@ class _Calls:
         stream.calls_inline = not hello.payload
         context.add_callback(stream.end)
         self.streams.add(context)
-        stream.outbox.put(encode_welcome(self._welcome(hello)))
-        read = functools.partial(self._read, frames, hello, stream, context)
+        read = functools.partial(self._read, frames, hello, stream)
         if send is None:
-            threading.Thread(target=read, name="layer-calls", daemon=True).start()
+            reader = threading.Thread(target=self._read_alone, args=(read, stream, context), name="layer-calls")
+            reader.daemon = True
+            reader.start()
+            stream.outbox.put(encode_welcome(self._welcome(hello)))
             return iter(stream.outbox.get, None)
-        stream.send_with(send)
-        stream.outbox.put(_READ)
-        threading.Thread(target=stream.work, args=(read,), name="layer-calls", daemon=True).start()
-        stream.work(read)
+        try:
+            stream.send_with(send, context.is_active)
+            stream.outbox.put(encode_welcome(self._welcome(hello)))
+            stream.outbox.put(_READ)
+            threading.Thread(target=stream.work, args=(read,), name="layer-calls", daemon=True).start()
+            stream.work(read)
+        finally:
+            stream.end()
+            self._forget(stream, context)
         return iter(())
+
+    def _read_alone(self, read: Callable[[], bool], stream: _Stream, context: grpc.ServicerContext) -> None:
+        try:
+            read()
+        finally:
+            self._forget(stream, context)
+
+    def _forget(self, stream: _Stream, context: grpc.ServicerContext) -> None:
+        self.streams.discard(context)
+        stream.close()
 
     def _welcome(self, hello: links_pb2.Hello) -> links_pb2.Welcome:
         welcome = links_pb2.Welcome(
@@ -311,9 +330,7 @@ class _Calls:
             welcome.store = self._store.address
         return welcome
 
-    def _read(
-        self, frames: Iterator[Parsed], hello: links_pb2.Hello, stream: _Stream, context: grpc.ServicerContext
-    ) -> bool:
+    def _read(self, frames: Iterator[Parsed], hello: links_pb2.Hello, stream: _Stream) -> bool:
         """See `_Stream.work`."""
         try:
             if hello.payload:
@@ -337,8 +354,6 @@ class _Calls:
         except Exception:  # grpc raises a bare Exception when the stream is cancelled while it is being read
             log.debug("link ended while it was read", exc_info=True)
         stream.end()
-        self.streams.discard(context)
-        stream.close()
         return True
 
 

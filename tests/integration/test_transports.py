@@ -372,7 +372,7 @@ def test_decode_calls_over_grpc_are_computed_by_the_streams_threads_unless_the_g
         threads.append(threading.current_thread().name)
         return compute(layer, given)
 
-    group.host._compute = watch
+    group.host._compute, group.host._lends = watch, True
     link = connect("grpc", group)
     for number in range(1, 30):
         wait_until(lambda: group.host._asleep)

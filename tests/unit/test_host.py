@@ -142,7 +142,7 @@ def test_a_decode_call_that_finds_the_group_idle_is_computed_by_the_thread_that_
         threads.append(threading.get_ident())
         return given.hidden_TH + 1
 
-    host, lend = ExpertHost(compute), Lender()
+    host, lend = ExpertHost(compute, threads=1), Lender()
     when_idle(host)
     pending = lent(host, 3, lend)
     assert not pending.done()
@@ -162,7 +162,7 @@ def test_a_decode_call_that_finds_the_group_idle_is_computed_by_the_thread_that_
 
 def test_a_lent_thread_is_not_asked_while_a_call_runs_or_weights_may_have_to_be_waited_for() -> None:
     gate, lend = Gate(), Lender()
-    host = ExpertHost(gate)
+    host = ExpertHost(gate, threads=1)
     when_idle(host)
     mine = lent(host, 1, lend)
     computing = threading.Thread(target=host.work)
@@ -177,7 +177,7 @@ def test_a_lent_thread_is_not_asked_while_a_call_runs_or_weights_may_have_to_be_
         pending.wait(Deadline.after(SOON))
     computing.join(SOON)
     host.close()
-    host = ExpertHost(gate, on_order=lambda _order: None)
+    host = ExpertHost(gate, threads=1, on_order=lambda _order: None)
     when_idle(host)
     lent(host, 3, lend).wait(Deadline.after(SOON))
     assert lend.asked == 1
@@ -187,7 +187,7 @@ def test_a_lent_thread_is_not_asked_while_a_call_runs_or_weights_may_have_to_be_
 def test_a_call_whose_lent_thread_never_comes_is_computed_all_the_same() -> None:
     gate = Gate()
     gate.open.set()
-    host = ExpertHost(gate)
+    host = ExpertHost(gate, threads=1)
     when_idle(host)
     lost = lent(host, 1, Lender())
     next_one = lent(host, 2, Lender())
@@ -215,4 +215,24 @@ def test_a_lent_thread_does_not_push_away_who_wakes_it_and_keeps_its_threads() -
     worker.join(SOON)
     assert pending.done()
     assert seen == [(os.SCHED_BATCH, 1)]
+    host.close()
+
+
+def test_a_lent_thread_leaves_other_calls_to_the_compute_thread_and_wakes_it() -> None:
+    gate = Gate()
+    gate.open.set()
+    host = ExpertHost(gate, threads=1)
+    when_idle(host)
+    with host._computes:  # another lent thread, which has had its call and is about to end
+        mine = lent(host, 1, Lender())
+        host.work()
+        assert not host._asleep
+        assert not mine.done()
+    mine.wait(Deadline.after(SOON))
+    when_idle(host)
+    with host._computes:
+        later = submit(host, 2, Priority.PREFILL)
+        host._compute_next(lent=True)
+        assert not later.done()
+    later.wait(Deadline.after(SOON))
     host.close()
