@@ -29,7 +29,7 @@ from cluster.api.tracing import TraceContext
 from cluster.core import LayerCall
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.experts.group import ExpertGroup
-from cluster.experts.server import _Stream
+from cluster.experts.stream import RouterStream
 from cluster.rpc.v1 import control_pb2, links_pb2
 from cluster.rpc.v1 import inference_pb2 as pb
 from cluster.transport.base import LayerRows
@@ -123,7 +123,7 @@ def group(tiny: MakeTiny) -> Iterator[ExpertGroup]:
     made.close()
 
 
-def _answers(group: ExpertGroup, stream: _Stream) -> None:
+def _answers(group: ExpertGroup, stream: RouterStream) -> None:
     """All calls in flight are answered, and the group still computes."""
     limit = time.monotonic() + SLOWEST_S
     while stream.calls and time.monotonic() < limit:
@@ -136,7 +136,7 @@ def test_frames_at_a_living_group(fuzz: Fuzz, group: ExpertGroup, tiny: MakeTiny
     hidden = _hidden(tiny("mixtral"))
 
     def target(frames: list[bytes]) -> None:
-        stream = _Stream(0, group.host)  # type: ignore[arg-type]
+        stream = RouterStream(0, group.host)  # type: ignore[arg-type]
         with contextlib.suppress(ExpertMeshError):
             for frame in frames:
                 stream.take(frame)
@@ -289,7 +289,7 @@ def test_files_of_tokens(fuzz: Fuzz) -> None:
 def test_a_call_must_be_answered_whatever_it_names(group: ExpertGroup, tiny: MakeTiny) -> None:
     """The control: the group answers good calls while it is being fuzzed, and a call for nobody with a typed error."""
     hidden = _hidden(tiny("mixtral"))
-    stream = _Stream(0, group.host)  # type: ignore[arg-type]
+    stream = RouterStream(0, group.host)  # type: ignore[arg-type]
     rows = LayerRows.of(torch.randn(1, hidden), [0], [0], [1.0])
     stream.take(encode_call(LayerCall(1, 1, 0, 1, 1), rows))
     stream.take(encode_call(LayerCall(2, 1, 77, 1, 1), rows))

@@ -113,7 +113,7 @@ def test_hot_experts_are_spread_when_balance_is_on() -> None:
         assert receipt.balance_before is not None
         assert receipt.balance_predicted > receipt.balance_before + 0.05
         assert receipt.gap_p99_ms_after == pytest.approx(10, rel=0.05)
-        assert min(receipt.gaps_before, receipt.gaps_after) >= 200
+        assert min(receipt.gaps_before, receipt.gaps_after) >= 50
         hot = [[g for g, held in w.holdings().items() if {w.hot, w.hot + 1} <= held[layer]] for layer in range(LAYERS)]
         assert hot == [[]] * LAYERS, "the two hot experts are in two groups"
 
