@@ -31,7 +31,7 @@ Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
 OnOrder = Callable[[Order], None]
-Lend = Callable[[], bool]
+Lend = Callable[[], object]
 _PREFILL = int(Priority.PREFILL)
 MAX_LAYERS = 4096
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
@@ -90,7 +90,7 @@ class ExpertHost:
 
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
         """Queues a call; ``pending`` gets the reply, or Overloaded at once when too many bytes wait. ``lend`` wakes a
-        thread that calls `work` next, or returns False; it is asked when a call that is not prefill finds nothing else
+        thread that calls `work` next; it is called when a call that is not prefill finds nothing else
         to be done. Not in a group that waits for weights, since orders would wait too, nor in one that computes with
         several threads: a second team of them would make libgomp put all to sleep (`cluster.kernels.team`)."""
         size = rows.hidden_TH.nbytes
@@ -112,11 +112,10 @@ class ExpertHost:
                 lent = lend is not None and alone and call.priority < _PREFILL and self._lends
                 if lent:
                     self._lent = entry
-                if not lent:
+                else:
                     asleep, self._asleep = self._asleep, False
-        if lent and lend is not None and not lend():
-            with self._lock:
-                asleep, self._asleep = self._asleep, False
+        if lent and lend is not None:
+            lend()
         if asleep:
             os.eventfd_write(self._bell, 1)  # not under the lock, which whom it wakes takes first
         if error is not None:

@@ -106,9 +106,8 @@ class RouterStream:
         self.outbox.put(None)  # for the other thread
         self._send(None)
 
-    def _lend(self) -> bool:
+    def _lend(self) -> None:
         self._lent = True
-        return True
 
     def end(self, error: LinkBroken | None = None) -> None:
         """The stream's sender stops."""

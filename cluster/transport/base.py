@@ -228,14 +228,14 @@ class CallHandler(Protocol):
     """What answers layer calls on the group's side: whoever carries them hands them to this."""
 
     def submit(
-        self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Callable[[], bool] | None = None
+        self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Callable[[], object] | None = None
     ) -> None:
-        """Queues the call; ``pending`` is set when it is computed. Never blocks, never raises. ``lend``, if it is asked
-        and does not return False, has another thread call `work`."""
+        """Queues the call; ``pending`` is set when it is computed. Never blocks, never raises. ``lend``, if it is
+        called, has another thread call `work`."""
         ...
 
     def work(self) -> None:
-        """Computes the next call in the calling thread, unless another thread computes."""
+        """Computes, in the calling thread, the call that it was lent for, unless another thread has it."""
         ...
 
     def cancel(self, pending: PendingReply) -> None:

@@ -98,7 +98,7 @@ def test_pairs_and_header_arrive_as_they_were_sent(link: Transport, group: EchoG
     seen: list[tuple[LayerCall, LayerRows]] = []
     submit = group.host.submit
 
-    def watch(got: LayerCall, its: LayerRows, pending: PendingReply, *lend: Callable[[], bool] | None) -> None:
+    def watch(got: LayerCall, its: LayerRows, pending: PendingReply, *lend: Callable[[], object] | None) -> None:
         seen.append((got, LayerRows(its.hidden_TH.clone(), its.pairs_3P.copy())))
         submit(got, its, pending, *lend)
 
