@@ -17,8 +17,8 @@ import torch
 
 from cluster.kernels.team import team
 
-HEADER, NUMBERS = 14, 5
-"""Numbers of a call (the counter's address among them), and of each sequence behind them."""
+NUMBERS = 5
+"""Of each sequence in a table, before the ranges of all."""
 _COMPILED, _INPUTS = "attention_compiled", 16
 
 Runs = Sequence[tuple[int, int]]
@@ -35,14 +35,16 @@ class Histories:
         self.rows, self.of = rows, frozenset(of)
         table: list[int] = []
         ranges: list[int] = []
-        self.num_tokens, first = 0, HEADER + NUMBERS * len(rows)
+        self.num_tokens, first = 0, NUMBERS * len(rows)
         for row, parts in zip(rows, runs, strict=True):
             tokens = sum(last - start for start, last in parts)
             table += (row, tokens, self.num_tokens, first + len(ranges), len(parts))
             ranges += (number for part in parts for number in part)
             self.num_tokens += tokens
         self.highest = max(ranges, default=0)
-        self.numbers = (*table, *ranges)
+        numbers = (*table, *ranges)
+        self._table = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.table_at = ctypes.addressof(self._table)
 
 
 def can_attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -82,4 +84,4 @@ def attend(
     factor = ctypes.c_float(scale)
     places = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), result.data_ptr(), scores.data_ptr())
     shape = (len(histories.rows), kv_heads, heads // kv_heads, dim, v_dim, 4 * query.stride(2), 4 * query.stride(1))
-    run((*places, *shape, ctypes.addressof(factor), *histories.numbers))
+    run((*places, *shape, ctypes.addressof(factor), 4 * heads * v_dim, histories.table_at))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from cluster.kernels.attention import HEADER, NUMBERS
+from cluster.kernels.attention import NUMBERS
 from cluster.kernels.compiling import compiled
 from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
 from cluster.kernels.registers import (
@@ -17,6 +17,7 @@ from cluster.kernels.registers import (
     dots,
     dots_of_one,
     floats,
+    longs,
     mixes,
     mixes_of_one,
     next_piece,
@@ -49,21 +50,21 @@ def weigh(scores: Any, first: int, n: int, scale: Any) -> None:
 def _heads(work: Any) -> None:
     q_at, k_at, v_at, y_at, scores_at = work[1], work[2], work[3], work[4], work[5]
     num, kv_heads, group, dim, v_dim = work[6], work[7], work[8], work[9], work[10]
-    q_row, q_head, scale = work[11], work[12], floats(work[13])[0]
+    q_row, q_head, scale, y_row, table = work[11], work[12], floats(work[13])[0], work[14], longs(work[15])
     k_token, v_token, y_head = kv_heads * dim * 4, kv_heads * v_dim * 4, v_dim * 4
     while True:
         piece = next_piece(work[0])
         if piece >= num * kv_heads:
             break
-        head, at = piece % kv_heads, HEADER + piece // kv_heads * NUMBERS
-        row, tokens, before, first_run, runs = work[at], work[at + 1], work[at + 2], work[at + 3], work[at + 4]
+        head, at = piece % kv_heads, piece // kv_heads * NUMBERS
+        row, tokens, before, first_run, runs = table[at], table[at + 1], table[at + 2], table[at + 3], table[at + 4]
         q = q_at + row * q_row + head * group * q_head
         scores = scores_at + (before * kv_heads + head * tokens) * group * 4
-        y = y_at + (row * kv_heads + head) * group * y_head
+        y = y_at + row * y_row + head * group * y_head
         done = 0
         for run_at in range(first_run, first_run + 2 * runs, 2):
-            n = work[run_at + 1] - work[run_at]
-            key = k_at + work[run_at] * k_token + head * dim * 4
+            n = table[run_at + 1] - table[run_at]
+            key = k_at + table[run_at] * k_token + head * dim * 4
             for low in range(0, group, ROWS):
                 rows, whole = min(ROWS, group - low), n // OUTPUTS * OUTPUTS
                 mine, there = q + low * q_head, scores + (low * tokens + done) * 4
@@ -99,8 +100,8 @@ def _heads(work: Any) -> None:
             result[i] = np.float32(0.0)
         done = 0
         for run_at in range(first_run, first_run + 2 * runs, 2):
-            n = work[run_at + 1] - work[run_at]
-            value = v_at + work[run_at] * v_token + head * v_dim * 4
+            n = table[run_at + 1] - table[run_at]
+            value = v_at + table[run_at] * v_token + head * v_dim * 4
             for low in range(0, group, ROWS):
                 rows, whole = min(ROWS, group - low), v_dim // _WIDE * _WIDE
                 shares, there = scores + (low * tokens + done) * 4, y + low * y_head

@@ -90,6 +90,16 @@ class FastLinear:
         return self._weight
 
     @property
+    def bias(self) -> torch.Tensor | None:
+        """[N]."""
+        return self._bias
+
+    @property
+    def few(self) -> int:
+        """Of so many rows and fewer its products are tiled."""
+        return self._few
+
+    @property
     def tiles(self) -> bool:
         """Its products are tiled, if not for every number of rows."""
         return self._few > 0
@@ -175,7 +185,12 @@ class FastNorm:
             many = team(_NORM)
             self._run = None if many is None else (alone(_NORM), many)
         self._epsilon_here = ctypes.c_float(epsilon)
-        self._at = weight_H.data_ptr(), ctypes.addressof(self._epsilon_here)
+        self.weight_at, self.epsilon_at = weight_H.data_ptr(), ctypes.addressof(self._epsilon_here)
+
+    @property
+    def compiled(self) -> bool:
+        """It is one of ours and not torch's."""
+        return self._run is not None
 
     @classmethod
     def of(cls, module: Any) -> FastNorm | None:
@@ -204,7 +219,6 @@ class FastNorm:
         numbers, rows = hidden.numel(), hidden.numel() // size
         small = numbers <= _FEW
         many = max(1, rows if small else _FEW // size)
-        weight_at, epsilon_at = self._at
         run = self._run[0 if small else 1]
-        run((hidden.data_ptr(), weight_at, result.data_ptr(), size, rows, many, epsilon_at))
+        run((hidden.data_ptr(), self.weight_at, result.data_ptr(), size, rows, many, self.epsilon_at))
         return result

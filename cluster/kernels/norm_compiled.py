@@ -15,7 +15,7 @@ _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
 
 @njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
-def _norm(x: Any, weights: Any, y: Any, n: int, epsilon: Any) -> None:
+def norm(x: Any, weights: Any, y: Any, n: int, epsilon: Any) -> None:
     total = _ZERO
     for i in range(n):
         total += x[i] * x[i]
@@ -31,7 +31,7 @@ def _rows(work: Any) -> None:
         if first >= rows:
             break
         for row in range(first, min(first + many, rows)):
-            _norm(floats(x_at + row * n * 4), floats(w_at), floats(y_at + row * n * 4), n, epsilon)
+            norm(floats(x_at + row * n * 4), floats(w_at), floats(y_at + row * n * 4), n, epsilon)
 
 
 run = compiled(_rows)

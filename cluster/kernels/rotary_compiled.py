@@ -12,7 +12,7 @@ from cluster.kernels.registers import floats, next_piece
 
 
 @njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
-def _turn(x: Any, y: Any, cos: Any, sin: Any, half: int) -> None:
+def turn(x: Any, y: Any, cos: Any, sin: Any, half: int) -> None:
     for i in range(half):
         y[i] = x[i] * cos[i] - x[half + i] * sin[i]
     for i in range(half):
@@ -31,7 +31,7 @@ def _heads(work: Any) -> None:
                 x_at, heads, x_head, x_row, y_at = work[at], work[at + 1], work[at + 2], work[at + 3], work[at + 4]
                 for head in range(heads):
                     to = y_at + (row * heads + head) * dim * 4
-                    _turn(floats(x_at + head * x_head + row * x_row), floats(to), cos, sin, dim // 2)
+                    turn(floats(x_at + head * x_head + row * x_row), floats(to), cos, sin, dim // 2)
 
 
 run = compiled(_heads)

@@ -20,12 +20,32 @@ _PAUSE_SOFT = 1  # omp_pause_soft: what the program has computed stays
 
 Team = Callable[[Sequence[int]], None]
 """Runs a function on some numbers. Before them it finds the address of a counter, which is 0."""
+Work = ctypes.Array[ctypes.c_int64]
+"""The numbers of a call behind the address of a counter, and the counter."""
+Kept = Callable[[Work], None]
+"""Runs a function on numbers that somebody keeps from call to call, one call at a time."""
+
+
+def work_of(numbers: Sequence[int]) -> Work:
+    """What a `Kept` takes; number ``i`` is at ``i + 1``."""
+    # Of Python's own sequences: numpy's arrays take longer to make than a product of one row.
+    size = len(numbers) + 2
+    work = (ctypes.c_int64 * size)(0, *numbers, 0)
+    work[0] = ctypes.addressof(work) + 8 * (size - 1)
+    return work
 
 
 @functools.cache
 def team(module: str, name: str = "run") -> Team | None:
     """Of a compiled function of a module of this package; None where torch's threads are not libgomp's, or nothing can
     be compiled. What is compiled is kept for the next process."""
+    run = kept_team(module, name)
+    return None if run is None else lambda numbers: run(work_of(numbers))
+
+
+@functools.cache
+def kept_team(module: str, name: str = "run") -> Kept | None:
+    """The same, for numbers that are kept."""
     try:
         parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel  # by this name it is the one that torch has loaded
         address = _address(module, name)
@@ -34,8 +54,9 @@ def team(module: str, name: str = "run") -> Team | None:
         return None
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
 
-    def run(numbers: Sequence[int]) -> None:
-        parallel(address, _work(numbers), torch.get_num_threads(), 0)
+    def run(work: Work) -> None:
+        work[-1] = 0
+        parallel(address, work, torch.get_num_threads(), 0)
 
     return run
 
@@ -43,9 +64,21 @@ def team(module: str, name: str = "run") -> Team | None:
 @functools.cache
 def alone(module: str, name: str = "run") -> Team:
     """Of the same function, run by the calling thread. For what takes no longer than a thread to wake up."""
+    run = kept_alone(module, name)
+    return lambda numbers: run(work_of(numbers))
+
+
+@functools.cache
+def kept_alone(module: str, name: str = "run") -> Kept:
+    """The same, for numbers that are kept."""
     # It keeps the interpreter's lock, since to give it away and get it back takes as long.
     call = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_address(module, name))
-    return lambda numbers: call(_work(numbers))
+
+    def run(work: Work) -> None:
+        work[-1] = 0
+        call(work)
+
+    return run
 
 
 def release_team() -> None:
@@ -62,11 +95,3 @@ def release_team() -> None:
 def _address(module: str, name: str) -> int:
     address: int = getattr(importlib.import_module(f"cluster.kernels.{module}"), name).address
     return address
-
-
-def _work(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    # Of Python's own sequences: numpy's arrays take longer to make than a product of one row.
-    size = len(numbers) + 2
-    work = (ctypes.c_int64 * size)(0, *numbers, 0)
-    work[0] = ctypes.addressof(work) + 8 * (size - 1)
-    return work

@@ -26,7 +26,7 @@ SCRATCH_LIMIT = 512 * 1024**2
 """Bytes that causal attention of a chunk may take beside; with more, torch's is used."""
 TOLERANCE = 3e-6
 """Of the largest value: what fp32 sums in another order differ by."""
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "dropout",
         "scaling",
@@ -42,8 +42,9 @@ _HARMLESS = frozenset(
         "logits_to_keep",
     }
 )
+"""Arguments that say nothing that the mask does not."""
 
-_BATCHABLE = _HARMLESS | {"s_aux"}
+_BATCHABLE = HARMLESS | {"s_aux"}
 """Arguments of an eager function that say nothing of single tokens, so that it may be called for several sequences."""
 
 
@@ -100,7 +101,7 @@ class _Call:
         self._direct = step.cache.is_direct(key, value)
         self._layer = step.cache.layer
         self._mask = self.batch.mask_of(attention_mask)
-        self._plain = self._only(_HARMLESS)
+        self._plain = self._only(HARMLESS)
         self._fast = self._known.fast.get(self._layer, False) and self._plain
 
     def _only(self, names: frozenset[str]) -> bool:

@@ -62,6 +62,10 @@ class KvStore:
     def _buffer(self, new: torch.Tensor) -> torch.Tensor:
         return new.new_empty((self.num_blocks * self.block_size, new.shape[1], new.shape[3]))
 
+    def has(self, layer: int) -> bool:
+        """It has stored something."""
+        return layer in self._layers
+
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [tokens, heads, dim] of the whole store."""
         return self._layers[layer]

@@ -19,6 +19,7 @@ from cluster.model.faster import speed_up, speed_up_norms
 from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.kv import KvStore
+from cluster.model.layers import speed_up_layers
 from cluster.model.packed import Chunk, Layers, PackedBatch, PackedCache, Step, stepping
 from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
@@ -92,6 +93,7 @@ class Trunk:
         trunk = cls(skeleton, tensors, dispatch, device)
         if device.type == "cpu" and dtype is torch.float32 and trunk.num_bytes > SMALL_BYTES:
             speed_up(trunk.model, KernelTable.measure())
+            speed_up_layers(trunk.model)
         elif device.type != "cpu":
             speed_up_norms(trunk.model)
             # cuDNN's makes a plan for each new length, which takes it half a second and longer (H100, torch 2.11).
