@@ -7,6 +7,7 @@ that those calls need. The gate is applied to each piece of the first product wh
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cluster.kernels.team import Team, alone, team
+from cluster.kernels.team import Work, kept_alone, kept_team, team, work_of
 from cluster.kernels.tiles import DTYPES, HEADER, INPUTS, PIECE, can_tile, fits_scales
 
 STATUS, NUM, SORTED = 0, 1, 2
@@ -27,14 +28,54 @@ _SMALL = 64 * 1024
 _PER_PIECE = 32 * 1024
 """Floats that a thread moves at a time otherwise."""
 _KEPT_BYTES = 128 * 1024**2
+_PLANS = 512
+"""Kept at most; a few KiB each."""
+
+
+class _Plan:
+    """Numbers of the steps of a call of some sizes; what differs between calls of these sizes is to be filled in."""
+
+    def __init__(self, num_tokens: int, num_pairs: int, slots: int, hidden: int, inner: int) -> None:
+        T, P, H = num_tokens, num_pairs, hidden
+        self.one = T == 1  # every pair has the same row, where it is
+        self.moves_few = P * H <= _SMALL
+        self.x_row = 0 if self.one else 4 * (H + INPUTS)  # so far apart rows do not clash: see `cluster.kernels.tiles`
+        self.num_floats = P * ((0 if self.one else H + INPUTS) + 2 * inner + H)
+        own = HEADER + 2 * min(P, slots) + 2  # of a product, with its counter
+        self.numbers = np.empty(SORTED + own + 3 * P + T + slots, np.int64)
+        plan_at: int = self.numbers.ctypes.data
+        self.rows_at = rows_at = plan_at + 8 * (SORTED + own)
+        places_at, pairs_of_at, ends_at = rows_at + 8 * P, rows_at + 16 * P, rows_at + 24 * P
+        self.sort = work_of(
+            (*(0, 0, 0, 0, T, P, slots, plan_at, rows_at, ends_at, places_at, pairs_of_at), ends_at + 8 * T)
+            + (0, 0, self.x_row, H)
+        )
+        self.gated = work_of((0, 0, 0, H, inner, 0, -(-inner // PIECE), self.x_row, 0, plan_at, 0, 0))
+        self.product: Work = (ctypes.c_int64 * own).from_buffer(self.numbers.data, 8 * SORTED)
+        self.product[0] = ctypes.addressof(self.product) + 8 * (own - 1)
+        self.product[4], self.product[5], self.product[7], self.product[8] = inner, H, -(-H // PIECE), 4 * inner
+        many = T if self.moves_few else max(1, _PER_PIECE * T // (H * P))
+        self.combine = work_of((0, 0, H, T, 0, many, ends_at, places_at, pairs_of_at, 0))
 
 
 class Scratch(threading.local):
-    """Memory between the steps, kept from call to call up to `_KEPT_BYTES`; each thread has its own, since a group in
-    its router's process is probed by another thread than the one that computes."""
+    """Memory between the steps, kept from call to call up to `_KEPT_BYTES`, and plans; each thread has its own, since a
+    group in its router's process is probed by another thread than the one that computes."""
 
     def __init__(self) -> None:
         self._kept = torch.empty(0)
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+
+    def plan(self, *sizes: int) -> _Plan:
+        """One for a call of such sizes; until the next one it is the caller's."""
+        plan = self._plans.get(sizes)
+        if plan is None:
+            plan = _Plan(*sizes)
+            if plan.moves_few:
+                if len(self._plans) >= _PLANS:
+                    self._plans.clear()
+                self._plans[sizes] = plan
+        return plan
 
     def floats(self, number: int) -> torch.Tensor:
         """At least so many."""
@@ -74,12 +115,14 @@ class GatedExperts:
         self._up_at, self._down_at = up_SGH.data_ptr(), down_SHI.data_ptr()
         self._up_kind, self._down_kind = up.kind, down.kind
         self._num_slots, self._hidden, self._inner = down_SHI.shape
-        found = team(_COMPILED, "gather"), team(_COMPILED, "gated"), team("tiles_compiled"), team(_COMPILED, "combine")
+        gather = team(_COMPILED, "gather")
+        found = kept_team(_COMPILED, "gated"), kept_team("tiles_compiled"), kept_team(_COMPILED, "combine")
         steps = [step for step in found if step is not None]
+        assert gather is not None
         assert len(steps) == len(found)
-        self._gather: Team
-        self._gather, self._gated, self._product, self._combine = steps
-        self._sort, self._combine_few = alone(_COMPILED, "sort"), alone(_COMPILED, "combine")
+        self._gather = gather
+        self._gated, self._product, self._combine = steps
+        self._sort, self._combine_few = kept_alone(_COMPILED, "sort"), kept_alone(_COMPILED, "combine")
 
     @classmethod
     def of(cls, module: Any, up: Weights, down: Weights) -> GatedExperts | None:
@@ -121,58 +164,37 @@ class GatedExperts:
             raise ValueError("total: must be contiguous")
         num_tokens, num_pairs = hidden_TH.shape[0], pairs_3P.shape[1]
         hidden_TH, pairs_3P = hidden_TH.contiguous(), np.ascontiguousarray(pairs_3P, np.int32)
-        H, inner, slots = self._hidden, self._inner, self._num_slots
-        moves_few = num_pairs * H <= _SMALL
-        most = min(num_pairs, slots)
-        plan = np.empty(SORTED + HEADER + 2 * most + 1 + 3 * num_pairs + num_tokens + slots, np.int64)
-        plan_at: int = plan.ctypes.data
-        rows_at = plan_at + 8 * (SORTED + HEADER + 2 * most + 1)
-        places_at, pairs_of_at = rows_at + 8 * num_pairs, rows_at + 16 * num_pairs
-        ends_at = rows_at + 24 * num_pairs
-        one = num_tokens == 1  # every pair has the same row, where it is
-        x_row = 0 if one else 4 * (H + INPUTS)  # at this distance rows do not clash: see `cluster.kernels.tiles`
-        floats = scratch.floats(num_pairs * ((0 if one else H + INPUTS) + 2 * inner + H))
+        H, inner = self._hidden, self._inner
+        plan = scratch.plan(num_tokens, num_pairs, self._num_slots, H, inner)
+        floats = scratch.floats(plan.num_floats)
         hidden_at, gates_at = hidden_TH.data_ptr(), floats.data_ptr()
         ups_at = gates_at + 4 * num_pairs * inner
         outputs_at = ups_at + 4 * num_pairs * inner
-        x_at = hidden_at if one else outputs_at + 4 * num_pairs * H
+        x_at = hidden_at if plan.one else outputs_at + 4 * num_pairs * H
         named_at: int = pairs_3P.ctypes.data
-        self._sort(
-            (
-                named_at,
-                named_at + 4 * num_pairs,
-                slot_of_E.ctypes.data,
-                len(slot_of_E),
-                num_tokens,
-                num_pairs,
-                slots,
-                plan_at,
-                rows_at,
-                ends_at,
-                places_at,
-                pairs_of_at,
-                ends_at + 8 * num_tokens,
-                hidden_at,
-                x_at if moves_few and not one else 0,
-                x_row,
-                H,
-            )
-        )
-        if plan[STATUS]:
+        sort, gated, product, combine = plan.sort, plan.gated, plan.product, plan.combine
+        sort[1], sort[2], sort[3], sort[4] = named_at, named_at + 4 * num_pairs, slot_of_E.ctypes.data, len(slot_of_E)
+        sort[14], sort[15] = hidden_at, x_at if plan.moves_few and not plan.one else 0
+        self._sort(sort)
+        if plan.numbers[STATUS]:
             return None
-        if not one and not moves_few:
-            self._gather((rows_at, num_pairs, hidden_at, x_at, x_row, H, max(1, _PER_PIECE // H)))
-        num, weights_at = int(plan[NUM]), named_at + 8 * num_pairs
-        pieces = -(-inner // PIECE)
-        self._gated((x_at, self._up_at, gates_at, H, inner, num, pieces, x_row, ups_at, plan_at, *self._up_kind))
-        sizes = (inner, H, num, -(-H // PIECE), 4 * inner)
-        named = plan[SORTED + HEADER : SORTED + HEADER + 2 * num + 1].tolist()
-        self._product((gates_at, self._down_at, outputs_at, *sizes, *self._down_kind, *named))
+        if not (plan.one or plan.moves_few):
+            self._gather((plan.rows_at, num_pairs, hidden_at, x_at, plan.x_row, H, max(1, _PER_PIECE // H)))
+        num = int(plan.numbers[NUM])
+        gated[1], gated[2], gated[3], gated[6], gated[9] = x_at, self._up_at, gates_at, num, ups_at
+        gated[11], gated[12] = self._up_kind
+        self._gated(gated)
+        product[1], product[2], product[3], product[6] = gates_at, self._down_at, outputs_at, num
+        product[9], product[10] = self._down_kind
+        self._product(product)
         adds = total_TH is not None
         if total_TH is None:
             total_TH = torch.empty((num_tokens, H))
-        combine = self._combine_few if moves_few else self._combine
-        many = num_tokens if moves_few else max(1, _PER_PIECE * num_tokens // (H * num_pairs))
-        where = (ends_at, places_at, pairs_of_at, weights_at)
-        combine((outputs_at, total_TH.data_ptr(), H, num_tokens, int(adds), many, *where))
+        combine[1], combine[2], combine[5], combine[10] = (
+            outputs_at,
+            total_TH.data_ptr(),
+            adds,
+            named_at + 8 * num_pairs,
+        )
+        (self._combine_few if plan.moves_few else self._combine)(combine)
         return total_TH

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cluster.kernels.attention import Histories
-from cluster.kernels.decode import Buffers, DecodeLayer, LayerParts
+from cluster.kernels.decode import MOST_ROWS, Buffers, DecodeLayer, LayerParts
 from cluster.kernels.linear import FastLinear, FastNorm
 from cluster.kernels.rotary import FastRotary
 from cluster.model.attention import HARMLESS
@@ -40,11 +40,10 @@ _CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 def speed_up_layers(model: Any) -> int:
     """Gives every decoder layer whose modules have been given fast ones, and that is built as most are, a forward
     function for decode steps; how many have one."""
-    buffers = Buffers()
-    found = 0
+    buffers, steps, found = Buffers(), Steps(), 0
     for module in model.modules():
         if all(hasattr(module, name) for name in _CHILDREN) and "forward" not in module.__dict__:
-            layer = FastLayer.of(module, buffers)
+            layer = FastLayer.of(module, buffers, steps)
             if layer is not None:
                 module.__dict__["forward"] = layer
                 found += 1
@@ -54,19 +53,19 @@ def speed_up_layers(model: Any) -> int:
 class FastLayer:
     """Stands in for one decoder layer's forward function."""
 
-    def __init__(self, module: Any, decode: DecodeLayer) -> None:
+    def __init__(self, module: Any, decode: DecodeLayer, steps: Steps) -> None:
         self._own, self._decode = module.forward, decode
         self._norm, self._attention, self._after, self._mlp = (getattr(module, name) for name in _CHILDREN)
         self._index: int = self._attention.layer_idx
-        self._watched = (module.input_layernorm, module.self_attn)
+        self._watched, self._steps = (module.input_layernorm, module.self_attn), steps
         self.proofs, self.refuted = 0, False
 
     @classmethod
-    def of(cls, module: Any, buffers: Buffers) -> FastLayer | None:
+    def of(cls, module: Any, buffers: Buffers, steps: Steps) -> FastLayer | None:
         """For a decoder layer that is built as described; None for any other."""
         parts = _parts_of(module)
         decode = None if parts is None else DecodeLayer.of(parts, buffers)
-        return cls(module, decode) if decode is not None and _adds_up(module, decode.hidden) else None
+        return cls(module, decode, steps) if decode is not None and _adds_up(module, decode.hidden) else None
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own, or the same for sequences that have one token each."""
@@ -83,10 +82,20 @@ class FastLayer:
         residual, normed = self._decode(hidden_states, cos, sin, batch.at_T, stored, histories)
         if expected is not None:
             residual = self._learn(expected, residual)
-        if expected is not None or self._after._forward_pre_hooks:  # who listens there gets the call
+        if expected is not None or not self._told(residual):
             normed = self._after(residual)
         residual += self._mlp(normed)
         return residual
+
+    def _told(self, residual: torch.Tensor) -> bool:
+        """Those who wait for the call of the norm behind attention; False where one of them wants more than to see what
+        it gets."""
+        after = self._after
+        if not after._forward_pre_hooks:
+            return True
+        if after._forward_pre_hooks_with_kwargs:
+            return False
+        return all(hook(after, (residual,)) is None for hook in after._forward_pre_hooks.values())
 
     def _by_modules(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         attended: torch.Tensor = self._attention(hidden_states=self._norm(hidden), **kwargs)[0]
@@ -100,25 +109,47 @@ class FastLayer:
 
     def _histories(self, step: Step, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Histories | None:
         """Of all sequences of a step that can be computed so; None for any other step."""
-        batch, angles = step.batch, kwargs.get("position_embeddings")
-        rows = batch.num_tokens
-        if rows > self._decode.most or rows != len(batch.spans) or not batch.store.has(self._index):
+        batch, dim = step.batch, self._decode.dim
+        histories = self._steps.histories(step, dim, kwargs)
+        if histories is None or len(histories.rows) > self._decode.most or not batch.store.has(self._index):
             return None
-        if not (isinstance(angles, tuple) and len(angles) == 2 and kwargs.get("past_key_values") is step.cache):
-            return None
-        shape = (1, rows, self._decode.dim)
         if hidden.dtype is not torch.float32 or not hidden.is_contiguous() or hidden.dim() != 3:
             return None
-        if any(t.shape != shape or t.dtype is not torch.float32 or not t.is_contiguous() for t in angles):
-            return None
-        if any(name not in _ARGUMENTS and value is not None for name, value in kwargs.items()):
-            return None
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._watched):
-            return None
-        if self._after._forward_hooks:
-            return None
-        histories = batch.mask_of(kwargs.get("attention_mask")).histories()
-        return histories if histories is not None and len(histories.rows) == rows else None
+        for module in self._watched:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+        return None if self._after._forward_hooks else histories
+
+
+class Steps:
+    """What layers are called with is the same for all layers of a step, nearly always: it is looked at once."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, ...] = ()
+        self._found: Histories | None = None
+
+    def histories(self, step: Step, dim: int, kwargs: dict[str, Any]) -> Histories | None:
+        """Of all sequences, where they have one token each, see all of their histories, and the layer is called with
+        nothing but what is known; ``dim`` is a head's size."""
+        seen = (step, dim, *kwargs, *kwargs.values())
+        if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
+            self._seen, self._found = seen, _histories(step, dim, kwargs)
+        return self._found
+
+
+def _histories(step: Step, dim: int, kwargs: dict[str, Any]) -> Histories | None:
+    batch, angles = step.batch, kwargs.get("position_embeddings")
+    rows = batch.num_tokens
+    if rows != len(batch.spans) or rows > MOST_ROWS or kwargs.get("past_key_values") is not step.cache:
+        return None
+    if not (isinstance(angles, tuple) and len(angles) == 2):
+        return None
+    if any(t.shape != (1, rows, dim) or t.dtype is not torch.float32 or not t.is_contiguous() for t in angles):
+        return None
+    if any(name not in _ARGUMENTS and value is not None for name, value in kwargs.items()):
+        return None
+    histories = batch.mask_of(kwargs.get("attention_mask")).histories()
+    return histories if histories is not None and len(histories.rows) == rows else None
 
 
 def _parts_of(module: Any) -> LayerParts | None:
