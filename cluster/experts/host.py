@@ -277,24 +277,43 @@ def answer(
     observe: Observe | None,
 ) -> bool:
     """Computes a call and sets its reply, or its error; whether it was a reply."""
+    try:
+        pending.resolve(reply_to(compute, call, rows, waited_s, clock, notes, observe))
+    except ExpertMeshError as exc:
+        pending.fail(exc)
+        return False
+    return True
+
+
+def reply_to(
+    compute: Compute,
+    call: LayerCall,
+    rows: LayerRows,
+    waited_s: float,
+    clock: Clock,
+    notes: LoadNotes,
+    observe: Observe | None,
+) -> LayerReply:
+    """Computes a call.
+
+    Raises:
+        ExpertMeshError: it could not be computed.
+    """
     notes.reset()
     started_s = clock()
     try:
         partial_TH = compute(call.layer, rows)
-    except ExpertMeshError as exc:
-        pending.fail(exc)
+    except ExpertMeshError:
+        raise
     except Exception as exc:
         log.exception("layer %d failed", call.layer)
-        pending.fail(InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}"))
-    else:
-        load_s = notes.seconds
-        ended_s = clock()
-        reply = LayerReply(partial_TH, waited_s, ended_s - started_s - load_s, load_s, notes.expert, notes.num_bytes)
-        pending.resolve(reply)
-        if call.traceparent and observe is not None:
-            observe(call, started_s, ended_s, reply)
-        return True
-    return False
+        raise InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}") from exc
+    load_s = notes.seconds
+    ended_s = clock()
+    reply = LayerReply(partial_TH, waited_s, ended_s - started_s - load_s, load_s, notes.expert, notes.num_bytes)
+    if call.traceparent and observe is not None:
+        observe(call, started_s, ended_s, reply)
+    return reply
 
 
 class InlineHost:
@@ -323,6 +342,21 @@ class InlineHost:
             self.calls += 1
         self.busy_s += self._clock() - self._since_s
         self._since_s = None
+
+    def at_once(self, call: LayerCall, rows: LayerRows) -> LayerReply:
+        """Computes the call.
+
+        Raises:
+            ExpertMeshError: it could not be computed.
+        """
+        self._since_s = since_s = self._clock()
+        try:
+            reply = reply_to(self._compute, call, rows, 0.0, self._clock, self._notes, self._observe)
+            self.calls += 1
+            return reply
+        finally:
+            self.busy_s += self._clock() - since_s
+            self._since_s = None
 
     def work(self) -> None:
         """Nothing is left to do."""

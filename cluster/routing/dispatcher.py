@@ -15,6 +15,7 @@ import torch
 
 from cluster.core import Clock, Deadline, Order, Priority
 from cluster.errors import ExpertMeshError
+from cluster.routing.alone import Pairs, alone, cold_load
 from cluster.routing.caller import Caller, cancel_unanswered
 from cluster.routing.fabric import Fabric
 from cluster.routing.place import place
@@ -73,8 +74,14 @@ class Dispatcher:
         caller, decode = self._caller, step.priority is Priority.DECODE
         times = LayerTimes(layer, started_s) if step.detail is not None else None
         traceparent = step.detail.open(times) if step.detail is not None and times is not None else ""
-        new_call = partial(caller.call, step, layer, step.priority, traceparent)
         rows = local_TH, index_TK, weight_TK
+        if decode and times is None:
+            pairs = Pairs(rows_P, experts_P, weight_TK)
+            computed = alone(self._fabric, caller, step, layer, local_TH, pairs, self._clock)
+            if computed is not None:
+                self._book_alone(step, started_s, computed.seconds, meanwhile)
+                return computed.total_TH.to(hidden_TH.device)
+        new_call = partial(caller.call, step, layer, step.priority, traceparent)
         parts = place(self._fabric, caller.speeds, layer, rows, rows_P, decode, new_call)
         if parts is None:
             owner_E = caller.owners(layer, experts_P, decode)
@@ -131,6 +138,15 @@ class Dispatcher:
             step.detail.close(times, sent_s, answers, self._clock())
         return combined_TH
 
+    def _book_alone(
+        self, step: StepContext, started_s: float, inline_s: float, meanwhile: Callable[[], None] | None
+    ) -> None:
+        ended_s = self._clock()
+        step.ledger.add(Stage.DISPATCH, ended_s - started_s - inline_s)
+        if meanwhile is not None:
+            meanwhile()
+            step.ledger.add(Stage.TRUNK, self._clock() - ended_s)
+
     def _rows(self, num_tokens: int, experts_per_token: int) -> Ints:
         """0, 0, ..., 1, 1, ...: the same for all layers of a step."""
         if self._rows_of[:2] != (num_tokens, experts_per_token):
@@ -148,10 +164,7 @@ class Dispatcher:
         if self._caller.watches and part.pending is not None and not part.failed:
             self._learn(step, part, part.pending, reply)
         if reply.load_s > 0:
-            begun_s = answered_s - reply.compute_s - reply.load_s
-            step.events.append(
-                StepEvent("cold_load", begun_s, reply.load_s, group, layer, reply.load_expert, reply.load_bytes)
-            )
+            step.events.append(cold_load(reply, answered_s, group, layer))
         if part.failed:
             step.events.append(
                 StepEvent(

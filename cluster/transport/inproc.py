@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from cluster.core import Deadline, GroupId, LayerCall, Order
 from cluster.errors import LinkBroken
-from cluster.transport.base import CallHandler, LayerRows, PendingReply
+from cluster.transport.base import CallHandler, LayerReply, LayerRows, PendingReply
 
 
 class InprocTransport:
@@ -18,6 +19,7 @@ class InprocTransport:
     def __init__(self, group: GroupId, handler: CallHandler) -> None:
         self.group = group
         self._handler = handler
+        self._compute: Callable[[LayerCall, LayerRows], LayerReply] | None = getattr(handler, "at_once", None)
         self._lock = threading.Lock()
         self._open: set[PendingReply] | None = set()
 
@@ -30,6 +32,22 @@ class InprocTransport:
             self._open = {waiting for waiting in self._open if not waiting.done()} | {pending}
         self._handler.submit(call, rows, pending)
         return pending
+
+    @property
+    def inline(self) -> bool:
+        """The group computes in the thread that calls it, and can be asked `at_once`."""
+        return self._compute is not None
+
+    def at_once(self, call: LayerCall, rows: LayerRows) -> LayerReply:
+        """Has the call computed.
+
+        Raises:
+            LinkBroken: the link is closed.
+            ExpertMeshError: the group's.
+        """
+        if self._open is None or self._compute is None:
+            raise LinkBroken(f"link to group {self.group} is closed")
+        return self._compute(call, rows)
 
     def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> None:
         """See `Transport`."""
