@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import binding, ir
@@ -25,11 +25,12 @@ def shape_for(features: dict[str, bool], machine: str) -> tuple[int, int]:
     """Floats of a vector register and rows of a tile, so that sums, weights and one row fit in the registers."""
     if features.get("avx512f"):
         return 16, 6
-    return (4, 6) if machine in ("aarch64", "arm64") else (8, 2) if features.get("avx2") else (4, 2)
+    return (4, 6) if machine in ("aarch64", "arm64") else (8, 3) if features.get("avx2") else (4, 2)
 
 
 LANES, ROWS = shape_for(dict(binding.get_host_cpu_features()), platform.machine())
 _FLOAT, _INT, _SMALL, _VECTOR = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+_REGISTERS = 16 if platform.machine() in ("x86_64", "AMD64") and LANES < 16 else 32
 _BYTE = ir.IntType(8).as_pointer()
 _LINE = 64
 """Bytes that a fetch brings."""
@@ -105,10 +106,10 @@ def _dots(size: int, builder: ir.IRBuilder, rows: int, outputs: int, *arguments:
 
     def add(vector: Any) -> None:
         start = builder.mul(vector, _constant(LANES * size))
-        loaded = [_load_weights(builder, builder.add(address, start), size) for address in weights]
-        start = builder.mul(vector, _constant(LANES * 4))
-        for address, places in zip(inputs, sums, strict=True):
-            _add_products(builder, _load(builder, builder.add(address, start)), loaded, places)
+        here = builder.mul(vector, _constant(LANES * 4))
+        factors = (_load(builder, builder.add(address, here)) for address in inputs)
+        loaded = (_load_weights(builder, builder.add(address, start), size) for address in weights)
+        _add_all_products(builder, factors, loaded, sums)
 
     vectors, together = builder.udiv(n, _constant(LANES)), max(1, _LINE // (LANES * size))
     lines = builder.udiv(vectors, _constant(together))
@@ -171,16 +172,13 @@ def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> Non
             builder.store(_load(builder, address), place)
     with cgutils.for_range(builder, n) as loop:
         start = builder.add(v, builder.mul(loop.index, v_stride))
-        loaded = [_load(builder, builder.add(start, _constant(4 * LANES * column))) for column in range(width)]
+        loaded = (_load(builder, builder.add(start, _constant(4 * LANES * column))) for column in range(width))
         for column in range(0, width, max(1, 16 // LANES)):
             address = builder.add(builder.add(start, ahead), _constant(4 * LANES * column))
             builder.call(fetch, [builder.inttoptr(address, _BYTE), *flags])
         offset = builder.mul(loop.index, _constant(4))
-        for address, places in zip(shares, sums, strict=True):
-            share = builder.load(builder.inttoptr(builder.add(address, offset), _FLOAT.as_pointer()))
-            one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), share, ir.Constant(_SMALL, 0))
-            mask = ir.Constant(ir.VectorType(_SMALL, LANES), [0] * LANES)
-            _add_products(builder, builder.shuffle_vector(one, one, mask), loaded, places)
+        factors = (_spread(builder, builder.add(address, offset)) for address in shares)
+        _add_all_products(builder, factors, loaded, sums)
     for addresses, places in zip(results, sums, strict=True):
         for address, place in zip(addresses, places, strict=True):
             builder.store(builder.load(place), builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
@@ -192,6 +190,29 @@ def _sums(builder: ir.IRBuilder, rows: int, width: int) -> list[list[Any]]:
     for place in (place for row in sums for place in row):
         builder.store(ir.Constant(_VECTOR, [0.0] * LANES), place)
     return sums
+
+
+def _spread(builder: ir.IRBuilder, address: Any) -> Any:
+    """A vector of the number at an address."""
+    number = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()))
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_SMALL, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_SMALL, LANES), [0] * LANES))
+
+
+def _add_all_products(
+    builder: ir.IRBuilder, factors: Iterator[Any], others: Iterator[Any], sums: list[list[Any]]
+) -> None:
+    """Of each factor with each of the others, to the factor's sums. What is fewer is held in registers, or the others
+    while there is room for these and one factor beside all sums."""
+    rows, width = len(sums), len(sums[0])
+    if rows < width and (rows + 1) * width + 1 > _REGISTERS:
+        held = list(factors)
+        for number, other in enumerate(others):
+            _add_products(builder, other, held, [places[number] for places in sums])
+        return
+    held = list(others)
+    for factor, places in zip(factors, sums, strict=True):
+        _add_products(builder, factor, held, places)
 
 
 def _add_products(builder: ir.IRBuilder, factor: Any, others: list[Any], places: list[Any]) -> None:
