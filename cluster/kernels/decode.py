@@ -153,6 +153,8 @@ class DecodeLayer:
             or histories.highest > len(keys)
             or keys.shape[1:] != (self._kv_heads, self.dim)
             or values.shape != keys.shape
+            or any(t.dtype is not torch.float32 or not t.is_contiguous() for t in (hidden, cos, sin, keys, values))
+            or at_T.dtype is not torch.int64
         ):
             raise ValueError(f"a layer of {self.hidden} and heads of {self.dim}: got {tuple(hidden.shape)}")
         self._project[3] = self._unite[3] = rows

@@ -77,14 +77,20 @@ class FastLayer:
         if not proven and max(span.total for span in batch.spans) < _SEES:
             return self._own(hidden_states, **kwargs)
         cos, sin = kwargs["position_embeddings"]
-        expected = None if proven else self._by_modules(hidden_states, kwargs)
         stored = batch.store.layer(self._index)
-        residual, normed = self._decode(hidden_states, cos, sin, batch.at_T, stored, histories)
-        if expected is not None:
-            residual = self._learn(expected, residual)
-        if expected is not None or not self._told(residual):
+        if not proven:
+            residual = self._by_modules(hidden_states, kwargs)
+            expected = (residual, *(kept[batch.at_T] for kept in stored))
+            got, _ = self._decode(hidden_states, cos, sin, batch.at_T, stored, histories)
+            self._learn(expected, (got, *(kept[batch.at_T] for kept in stored)))
+            for kept, own in zip(stored, expected[1:], strict=True):
+                kept[batch.at_T] = own
+        else:
+            residual, normed = self._decode(hidden_states, cos, sin, batch.at_T, stored, histories)
+        if not proven or not self._told(residual):
             normed = self._after(residual)
-        residual += self._mlp(normed)
+        computed = self._mlp(normed)
+        residual += computed[0] if isinstance(computed, tuple) else computed
         return residual
 
     def _told(self, residual: torch.Tensor) -> bool:
@@ -101,11 +107,13 @@ class FastLayer:
         attended: torch.Tensor = self._attention(hidden_states=self._norm(hidden), **kwargs)[0]
         return hidden + attended
 
-    def _learn(self, expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-        same = got.shape == expected.shape
-        same = same and float((got - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    def _learn(self, expected: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...]) -> None:
+        """Of the residual stream, and of keys and values that were stored."""
+        same = all(
+            a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * float(a.abs().max())
+            for a, b in zip(expected, got, strict=True)
+        )
         self.proofs, self.refuted = self.proofs + 1, not same
-        return expected
 
     def _histories(self, step: Step, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Histories | None:
         """Of all sequences of a step that can be computed so; None for any other step."""

@@ -20,7 +20,7 @@ from cluster.experts import group
 from cluster.kernels.attention import Histories
 from cluster.kernels.decode import Buffers, DecodeLayer, LayerParts
 from cluster.kernels.linear import ROWS, FastLinear, FastNorm, KernelTable
-from cluster.model import layers, trunk
+from cluster.model import trunk
 from cluster.model.faster import speed_up
 from cluster.model.kv import KvStore
 from cluster.model.layers import FastLayer, speed_up_layers
@@ -136,6 +136,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (x, angles, angles, at_T, (stored[0], torch.zeros(9, 2, 32)), Histories([0, 1], histories)),
         (x, angles, angles, at_T, stored, Histories([0, 1], [[(0, 4)], [(4, 10)]])),
         (x, angles, angles, at_T, stored, Histories([0], histories[:1])),
+        (x, angles, angles, at_T, (stored[0].bfloat16(), stored[1]), Histories([0, 1], histories)),
+        (x, angles, angles.double(), at_T, stored, Histories([0, 1], histories)),
+        (x, angles, angles, at_T.int(), stored, Histories([0, 1], histories)),
+        (torch.randn(1, 2, 128)[..., ::2], angles, angles, at_T, stored, Histories([0, 1], histories)),
     ):
         with pytest.raises(ValueError, match="a layer of 64 and heads of 16"):
             layer(*given_)
@@ -236,15 +240,34 @@ def test_layers_of_the_zoo_that_are_built_so_are_used_once_they_are_proven(
             used.clear()
 
 
-def test_a_layer_that_gives_something_else_is_not_used(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["residual", "keys", "values"])
+def test_a_layer_that_gives_something_else_is_not_used_and_leaves_nothing_behind(
+    part: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trunk, "SMALL_BYTES", 0)
     monkeypatch.setattr(KernelTable, "measure", lambda: TILES)
-    monkeypatch.setattr(layers, "TOLERANCE", -1.0)
+    decode = DecodeLayer.__call__
+
+    def spoil(self: DecodeLayer, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        residual, normed = decode(self, *args)
+        at_T, (keys, values) = args[3], args[4]
+        if part == "residual":
+            residual *= 1.001
+        for name, kept in (("keys", keys), ("values", values)):
+            if name == part:
+                kept[at_T] *= 1.001
+        return residual, normed
+
+    monkeypatch.setattr(DecodeLayer, "__call__", spoil)
     with in_process_router(tiny("qwen3_moe")) as router:
         found = fast_layers(router)
         decode_a_little(router)
         assert found
         assert all(layer.refuted for layer in found)
+        with_spoilt = [kept.clone() for kept in router._trunk.store.layer(1)]
+        decode_a_little(router)  # all of it by the modules
+        for kept, own in zip(with_spoilt, router._trunk.store.layer(1), strict=True):
+            assert torch.equal(kept[:11], own[:11])
         asked: list[int] = []
         monkeypatch.setattr(DecodeLayer, "__call__", lambda self, hidden, *_: asked.append(1))
         router._trunk.store = KvStore(8, 4)
