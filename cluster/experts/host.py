@@ -337,10 +337,11 @@ class InlineHost:
 
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
         """Computes the call; ``pending`` has its answer afterwards."""
-        self._since_s = self._clock()
+        # A local one: another thread may probe the group meanwhile.
+        self._since_s = since_s = self._clock()
         if answer(self._compute, call, rows, pending, 0.0, self._clock, self._notes, self._observe):
             self.calls += 1
-        self.busy_s += self._clock() - self._since_s
+        self.busy_s += self._clock() - since_s
         self._since_s = None
 
     def at_once(self, call: LayerCall, rows: LayerRows) -> LayerReply:

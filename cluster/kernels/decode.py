@@ -57,7 +57,7 @@ class Buffers:
     def scores_at(self, floats: int) -> int:
         """Where there is room for so many."""
         if len(self._scores) < floats:
-            self._scores = torch.empty(2 * floats, dtype=torch.float32)
+            self._scores = torch.empty(floats + floats // 4, dtype=torch.float32)
         return self._scores.data_ptr()
 
 

@@ -19,7 +19,7 @@ from cluster.model.faster import speed_up, speed_up_norms
 from cluster.model.gates import Choice, Gates
 from cluster.model.hook import NAME, attach, check_attention, register
 from cluster.model.kv import KvStore
-from cluster.model.layers import speed_up_layers
+from cluster.model.layers import Steps, speed_up_layers
 from cluster.model.packed import Chunk, Layers, PackedBatch, PackedCache, Step, stepping
 from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
@@ -73,6 +73,7 @@ class Trunk:
         """Sequences with one token each have their attention computed in one call (see `cluster.model.together`)."""
         self.store = KvStore(1, 1)
         """Where keys and values go; to be replaced before the first step."""
+        self._looked: Steps | None = None
         self._step: StepContext | None = None
         self._mark_s = 0.0
 
@@ -93,7 +94,7 @@ class Trunk:
         trunk = cls(skeleton, tensors, dispatch, device)
         if device.type == "cpu" and dtype is torch.float32 and trunk.num_bytes > SMALL_BYTES:
             speed_up(trunk.model, KernelTable.measure())
-            speed_up_layers(trunk.model)
+            trunk._looked = speed_up_layers(trunk.model)
         elif device.type != "cpu":
             speed_up_norms(trunk.model)
             # cuDNN's makes a plan for each new length, which takes it half a second and longer (H100, torch 2.11).
@@ -202,6 +203,8 @@ class Trunk:
             step.ledger.add(Stage.TRUNK, self._clock() - self._mark_s)
         finally:
             self._step = None
+            if self._looked is not None:
+                self._looked.forget()
         return result
 
 

@@ -6,13 +6,14 @@ wait for, a limit) took a tenth of a step where nothing else is left to do betwe
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
 
 from cluster.core import Clock
-from cluster.errors import ExpertMeshError
-from cluster.routing.caller import Caller
+from cluster.errors import ExpertMeshError, InternalError
+from cluster.routing.caller import RETRIED, Caller
 from cluster.routing.fabric import Fabric
 from cluster.routing.split import Ints
 from cluster.routing.step import StepContext
@@ -20,6 +21,8 @@ from cluster.telemetry.account import StepEvent
 from cluster.telemetry.ledger import Stage
 from cluster.transport.base import LayerReply, LayerRows
 from cluster.transport.inproc import InprocTransport
+
+log = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
@@ -47,7 +50,11 @@ def alone(
     clock: Clock,
 ) -> Computed | None:
     """What the only group makes of a layer; None where there are others, or none, or it fails: then somebody with
-    patience is to ask. Books the group's time."""
+    patience is to ask. Books the group's time.
+
+    Raises:
+        InternalError: the group failed to compute.
+    """
     copies = fabric.copies(layer)
     if len(copies.groups) != 1 or not copies.complete:
         return None
@@ -60,8 +67,12 @@ def alone(
     rows = LayerRows.of(hidden_TH, pairs.rows_P, pairs.experts_P, weight_P)
     try:
         reply = link.at_once(call, rows)
-    except ExpertMeshError:
+    except RETRIED as exc:
+        log.warning("layer %d: group %d in this process failed (%s); asking it again", layer, group, exc)
         return None
+    except ExpertMeshError as exc:
+        raise InternalError(f"MoE layer {layer} of group {group}: {exc}") from exc
+    caller.speeds.sent()
     ledger = step.ledger
     ledger.called(group, len(rows.hidden_TH), rows.hidden_TH.nbytes + reply.partial_TH.nbytes)
     ledger.wait(group, layer, Stage.GROUP_COMPUTE, reply.compute_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -56,6 +58,7 @@ def test_the_sum_is_right_and_only_who_is_alone_is_asked_at_once(groups: int, co
     world, given, step = InlineWorld(groups, copies), batch(5), StepContext(1, priority)
     links = [world.link(group) for group in range(groups)]
     own: list[int] = []
+    began_s = time.monotonic()
     got = world.dispatcher()(step, 0, *given, lambda: own.append(len(world.computed)))
     assert torch.allclose(got, wanted(*given), atol=1e-5)
     assert sum(rows.pair_expert_P.numel() for _, rows in world.computed) == given[1].numel()
@@ -63,6 +66,8 @@ def test_the_sum_is_right_and_only_who_is_alone_is_asked_at_once(groups: int, co
     assert len(own) == 1, "the router's own work is done, and once"
     assert step.ledger.seconds(Stage.GROUP_COMPUTE) > 0
     assert step.ledger.seconds(Stage.TRUNK) > 0
+    assert step.ledger.total_s() <= time.monotonic() - began_s, "something is booked twice"
+    assert world.caller.speeds.calls == len(world.computed)
     assert sum(spent.calls for spent in step.ledger.groups()) == len(world.computed)
 
 
@@ -80,7 +85,7 @@ def test_what_fails_at_once_is_asked_again_with_patience() -> None:
     world.errors = [MissingExperts(0, 0, [1]), MissingExperts(0, 0, [1])]
     assert torch.allclose(world.dispatcher()(StepContext(1), 0, *given), wanted(*given), atol=1e-5)
     assert world.caller.resent_calls == 1
-    world.errors = [ValueError("boom"), ValueError("boom")]
+    world.errors = [ValueError("boom")]
     with pytest.raises(InternalError, match="ValueError"):
         world.dispatcher()(StepContext(2), 0, *given)
     world.link().close()

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers.models.granitemoe import modeling_granitemoe
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
@@ -163,31 +162,43 @@ def tiny_layer(modeling: Any, name: str, **more: Any) -> Any:
     return model
 
 
+def found(model: Any) -> int:
+    """Layers that were given the fast forward function."""
+    speed_up_layers(model)
+    return sum(isinstance(module.__dict__.get("forward"), FastLayer) for module in model.modules())
+
+
 def test_layers_that_are_built_otherwise_are_left_as_they_are() -> None:
-    assert speed_up_layers(tiny_layer(modeling_qwen3_moe, "Qwen3Moe", head_dim=16, num_experts=4)) == 1
-    assert speed_up_layers(tiny_layer(modeling_mixtral, "Mixtral", head_dim=16)) == 1
-    assert speed_up_layers(tiny_layer(modeling_mixtral, "Mixtral", head_dim=8)) == 0, "not whole registers"
-    assert speed_up_layers(tiny_layer(modeling_granitemoe, "GraniteMoe", residual_multiplier=0.3)) == 0
-    assert speed_up_layers(tiny_layer(modeling_olmoe, "Olmoe", clip_qkv=1.0)) == 0
+    assert found(tiny_layer(modeling_qwen3_moe, "Qwen3Moe", head_dim=16, num_experts=4)) == 1
+    assert found(tiny_layer(modeling_mixtral, "Mixtral", head_dim=16)) == 1
+    assert found(tiny_layer(modeling_mixtral, "Mixtral", head_dim=8)) == 0, "not whole registers"
+    assert found(tiny_layer(modeling_olmoe, "Olmoe", clip_qkv=1.0)) == 0
 
 
 def test_a_layer_that_adds_something_else_is_left_as_it_is() -> None:
-    for wrong in (
-        lambda x, a, b: x + a + 2 * b,
-        lambda x, a, b: x + b,
-        lambda x, a, b: a + b,
+    for wanted, total, angles in (
+        (1, lambda x, a, b: x + a + b, lambda given: given),
+        (0, lambda x, a, b: x + a + 2 * b, lambda given: given),
+        (0, lambda x, a, b: x + 0.3 * a + 0.3 * b, lambda given: given),
+        (0, lambda x, a, b: x + b, lambda given: given),
+        (0, lambda x, a, b: a + b, lambda given: given),
+        (0, lambda x, a, b: x + a + b, lambda given: None),
+        (0, lambda x, a, b: x + a + b, lambda given: given["local"]),
     ):
         model = tiny_layer(modeling_mixtral, "Mixtral", head_dim=16)
 
         class Other(type(model[0])):  # type: ignore[misc]
-            def forward(self, hidden_states: torch.Tensor, wrong: Any = wrong, **kwargs: Any) -> torch.Tensor:
+            def forward(
+                self, hidden_states: torch.Tensor, total: Any = total, angles: Any = angles, **kwargs: Any
+            ) -> torch.Tensor:
+                kwargs["position_embeddings"] = angles(kwargs["position_embeddings"])
                 attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
                 computed = self.mlp(self.post_attention_layernorm(hidden_states + attended))
-                result: torch.Tensor = wrong(hidden_states, attended, computed)
+                result: torch.Tensor = total(hidden_states, attended, computed)
                 return result
 
         model[0].__class__ = Other
-        assert speed_up_layers(model) == 0
+        assert found(model) == wanted
 
 
 def fast_layers(router: Any) -> list[FastLayer]:

@@ -73,7 +73,7 @@ def test_every_value_of_a_byte_and_of_bf16_is_exactly_itself() -> None:
 
 def test_scales_that_do_not_fit_are_refused() -> None:
     weight, x = torch.zeros(2, 8, 16, dtype=torch.int8), torch.randn(1, 16)
-    for bad in (torch.rand(2, 7), torch.rand(1, 8), torch.rand(8), torch.rand(2, 8).double(), torch.rand(8, 3).T):
+    for bad in (torch.rand(2, 7), torch.rand(1, 8), torch.rand(8), torch.rand(2, 8).double(), torch.rand(8, 2).T):
         with pytest.raises(ValueError, match="scales: got"):
             tiled_product(x, weight, [0], [1], bad)
 
