@@ -287,7 +287,8 @@ def test_a_collector_gets_well_formed_traces_and_may_die_hang_and_return(
         received = [(span.trace_id, span.span_id) for span in collector.spans() if span.service == "expertmesh-router"]
         assert len(set(received)) == counts["exported"]
         assert counts["created"] == counts["exported"] + counts["dropped"]
-        assert max(dead_s, hung_s) < 3 * usual_s
+        # Whoever waited for the collector would take its timeout of a second longer.
+        assert max(dead_s, hung_s) < 3 * usual_s + 0.5
 
 
 @pytest.mark.full
