@@ -337,12 +337,10 @@ class InlineHost:
 
     def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
         """Computes the call; ``pending`` has its answer afterwards."""
-        # A local one: another thread may probe the group meanwhile.
-        self._since_s = since_s = self._clock()
-        if answer(self._compute, call, rows, pending, 0.0, self._clock, self._notes, self._observe):
-            self.calls += 1
-        self.busy_s += self._clock() - since_s
-        self._since_s = None
+        try:
+            pending.resolve(self.at_once(call, rows))
+        except ExpertMeshError as exc:
+            pending.fail(exc)
 
     def at_once(self, call: LayerCall, rows: LayerRows) -> LayerReply:
         """Computes the call.
@@ -350,6 +348,7 @@ class InlineHost:
         Raises:
             ExpertMeshError: it could not be computed.
         """
+        # A local one: another thread may probe the group meanwhile.
         self._since_s = since_s = self._clock()
         try:
             reply = reply_to(self._compute, call, rows, 0.0, self._clock, self._notes, self._observe)

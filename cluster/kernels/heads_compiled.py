@@ -13,12 +13,6 @@ from cluster.kernels.registers import floats, longs, next_piece
 from cluster.kernels.rotary_compiled import turn
 
 
-@njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
-def _add(x: Any, y: Any, n: int) -> None:
-    for i in range(n):
-        x[i] += y[i]
-
-
 @njit  # type: ignore[untyped-decorator]
 def _copy(x: Any, y: Any, n: int) -> None:
     for i in range(n):
@@ -45,7 +39,7 @@ def _heads(work: Any) -> None:
                 x, y_row = work[at] + row * heads * dim * 4, work[at + 7]
                 y = work[at + 6] + (row if at == 7 else at_T[row]) * y_row
                 if bias_at != 0:
-                    _add(floats(x), floats(bias_at), heads * dim)
+                    _sum(floats(x), floats(bias_at), floats(x), heads * dim)
                 if weight_at != 0:
                     epsilon = floats(work[at + 5])[0]
                     for start in range(0, heads * dim, n):
@@ -53,10 +47,11 @@ def _heads(work: Any) -> None:
                 for head in range(heads):
                     turn(floats(x + head * dim * 4), floats(y + head * dim * 4), cos, sin, dim // 2)
             n, bias_at = work[24], work[25]
-            value = floats(work[26] + at_T[row] * n * 4)
-            _copy(floats(work[23] + row * n * 4), value, n)
+            value, to = floats(work[23] + row * n * 4), floats(work[26] + at_T[row] * n * 4)
             if bias_at != 0:
-                _add(value, floats(bias_at), n)
+                _sum(value, floats(bias_at), to, n)
+            else:
+                _copy(value, to, n)
 
 
 def _add_and_norm(work: Any) -> None:
