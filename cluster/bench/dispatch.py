@@ -8,7 +8,6 @@ of a real one (codec, link, server, queue, compute thread) but for the experts, 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -29,18 +28,18 @@ import torch
 from cluster.bench.children import end
 from cluster.bench.echo import FLOOR_METHOD, IDENTITY, receive_exactly
 from cluster.core import Deadline, LayerCall
-from cluster.errors import InternalError, InvalidArgument
-from cluster.kernels.rows import can_divide
+from cluster.errors import InternalError, InvalidArgument, LinkBroken
+from cluster.kernels.rows import Owners, can_divide
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.base import LayerRows, Transport
 from cluster.transport.collective import available
+from cluster.transport.exchange import ShmExchange
 from cluster.transport.grpc_link import CHANNEL_OPTIONS, GrpcTransport
-from cluster.transport.mapped import copy_out
 from cluster.transport.shm import ShmTransport
 
 FLOOR_OF = {"shm": "socket", "grpc": "grpc_echo", "gloo": "tcp", "nccl": "tcp"}
 CALL_TIMEOUT_S = 30.0
-PAIRS_PER_TOKEN = 8
+PAIRS_PER_TOKEN, EXPERTS = 8, 256
 MIN_SAMPLES, SLICES, TURN = 20, 5, 20
 
 Measured = Callable[[], object]
@@ -129,29 +128,46 @@ def layer_rows(tokens: int, hidden: int) -> LayerRows:
     """Random rows that each want `PAIRS_PER_TOKEN` experts."""
     count = tokens * PAIRS_PER_TOKEN
     rows = np.repeat(np.arange(tokens), PAIRS_PER_TOKEN)
-    return LayerRows.of(torch.randn(tokens, hidden), rows, np.random.randint(0, 256, count), np.random.rand(count))
+    return LayerRows.of(torch.randn(tokens, hidden), rows, np.random.randint(0, EXPERTS, count), np.random.rand(count))
 
 
 class Caller:
-    """Layer calls over one link, written as the dispatcher writes them: into the link's own memory where it has any
-    for so few rows. `check` compares an answer bit by bit."""
+    """Layer calls over one link, made as the dispatcher makes them: few rows over shared memory by an exchange. `check`
+    compares an answer bit by bit."""
 
     def __init__(self, link: Transport, rows: LayerRows) -> None:
         self._link, self._rows, self._ids = link, rows, itertools.count(time.monotonic_ns())
-        (tokens, hidden), pairs = rows.hidden_TH.shape, rows.pairs_3P.shape[1]
-        self._shape, self._few = (tokens, hidden, pairs), can_divide(rows.hidden_TH, 1)
-        self._sizes = rows.hidden_TH.nbytes, rows.pairs_3P.nbytes
+        self._exchange: ShmExchange | None = None
+        tokens, hidden = rows.hidden_TH.shape
+        if isinstance(link, ShmTransport) and can_divide(rows.hidden_TH, 1):
+            self._exchange = ShmExchange.over([link], tokens, hidden, rows.pairs_3P.shape[1], EXPERTS)
+        self._owners = Owners(np.zeros(EXPERTS, np.int64), None)
+        self._kept = [rows.pairs_3P[0].astype(np.int64), rows.pairs_3P[1].astype(np.int64), rows.pairs_3P[2].copy()]
+        row_at, expert_at, weight_at = (array.ctypes.data for array in self._kept)
+        self._pairs_at = row_at, expert_at, weight_at
 
     def __call__(self) -> torch.Tensor:
         """One round trip."""
-        deadline, rows = Deadline.after(CALL_TIMEOUT_S), self._rows
+        if self._exchange is not None:
+            self._exchange.wake()
         call = LayerCall(next(self._ids), 1, 0, 1, 1)
-        room = self._link.room(call, *self._shape) if self._few else None
-        if room is not None:
-            copy_out(rows.hidden_TH, room.rows_at, self._sizes[0])
-            ctypes.memmove(room.pairs_at, rows.pairs_3P.ctypes.data, self._sizes[1])
-            rows = room.rows(self._shape[0], self._shape[2])
-        return self._link.submit(call, rows, deadline).wait(deadline).partial_TH
+        if self._exchange is not None:
+            return self._exchanged(call, self._exchange)
+        deadline = Deadline.after(CALL_TIMEOUT_S)
+        return self._link.submit(call, self._rows, deadline).wait(deadline).partial_TH
+
+    def _exchanged(self, call: LayerCall, exchange: ShmExchange) -> torch.Tensor:
+        num_pairs = self._rows.pairs_3P.shape[1]
+        if not exchange.enter():
+            raise LinkBroken("the link is down")
+        try:
+            total_TH, _ = exchange.send(call, self._owners, self._rows.hidden_TH, self._pairs_at, num_pairs)
+            if not exchange.wait(CALL_TIMEOUT_S):
+                raise InternalError("the group did not answer")
+            exchange.answers()
+        finally:
+            exchange.leave()
+        return total_TH
 
     def check(self) -> None:
         """Raises InternalError unless the answer is the rows."""

@@ -75,7 +75,7 @@ class ExpertHost:
         self._ready = _Ready()
         self._lends = threads == 1 and on_order is None
         self._lent: tuple[int, int, float, LayerCall, LayerRows, PendingReply] | None = None
-        self._closed = self._busy = self._asleep = False
+        self._closed = self._busy = self._asleep = self._fresh = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._bell, select.EPOLLIN | select.EPOLLET)  # each ring wakes once and need not be read
@@ -96,9 +96,7 @@ class ExpertHost:
         size = rows.hidden_TH.nbytes
         error: ExpertMeshError | None = None
         asleep = lent = False
-        if len(self._steps) > MAX_LAYERS:  # no model has so many: somebody makes them up
-            self._steps.clear()
-        self._steps[call.layer] = call.step_id
+        self._note_step(call)
         with self._lock:
             if self._closed:
                 error = Unavailable("the group is shutting down")
@@ -120,6 +118,24 @@ class ExpertHost:
             os.eventfd_write(self._bell, 1)  # not under the lock, which whom it wakes takes first
         if error is not None:
             pending.fail(error)
+
+    def submit_here(self, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
+        """As `submit`, for whom the compute thread has called because there was something to read. A call that is not
+        prefill, and that alone woke the thread up, is computed at once: it would only be queued to be taken out."""
+        fresh, self._fresh = self._fresh, False
+        if not (fresh and call.priority < _PREFILL and not self._heap and not self._closed):
+            self.submit(call, rows, pending)
+            return
+        self._note_step(call)
+        with self._computes:
+            self._get_ready()
+            self._progress_s, self._busy = self._clock(), True
+            self._answer_one(self._progress_s, call, rows, pending)
+
+    def _note_step(self, call: LayerCall) -> None:
+        if len(self._steps) > MAX_LAYERS:  # no model has so many: somebody makes them up
+            self._steps.clear()
+        self._steps[call.layer] = call.step_id
 
     def cancel(self, pending: PendingReply) -> None:
         """The call is skipped if it is still queued."""
@@ -194,11 +210,7 @@ class ExpertHost:
     def _compute_next(self, lent: bool = False) -> None:
         """Takes the most urgent call, if there is one (``lent``: and it is the one that a thread was lent for), and
         answers it. By whoever holds the right to compute."""
-        if not self._ready.yes:
-            self._ready.yes = True
-            _yield_to_senders()
-            if self._threads:
-                torch.set_num_threads(self._threads)  # torch keeps this number for each thread
+        self._get_ready()
         with self._lock:
             if self._closed or not self._heap:
                 return
@@ -208,6 +220,17 @@ class ExpertHost:
             self._lent = None
             self._queued_bytes -= rows.hidden_TH.nbytes
             self._progress_s, self._busy = self._clock(), True
+        self._answer_one(queued_s, call, rows, pending)
+
+    def _get_ready(self) -> None:
+        """To compute in this thread."""
+        if not self._ready.yes:
+            self._ready.yes = True
+            _yield_to_senders()
+            if self._threads:
+                torch.set_num_threads(self._threads)  # torch keeps this number for each thread
+
+    def _answer_one(self, queued_s: float, call: LayerCall, rows: LayerRows, pending: PendingReply) -> None:
         try:
             self._answer(queued_s, call, rows, pending)
         finally:
@@ -231,6 +254,7 @@ class ExpertHost:
                 return
             if events == self._only_bell:
                 return
+            self._fresh = alone = slept and len(events) == 1
             for fd, event in events:
                 ready = self._watched.get(fd)
                 if ready is not None:
@@ -238,6 +262,8 @@ class ExpertHost:
                         ready(event)
                     except Exception:
                         log.exception("reading a local socket failed")
+            if alone and not self._fresh:
+                slept = False  # a call may have been computed meanwhile, and what came then is all read first
             heap = self._heap  # which `close` takes away
             if slept and heap and heap[0][0] < _PREFILL:
                 return  # nothing has piled up behind a call that has just come, and nothing is more urgent

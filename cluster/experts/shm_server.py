@@ -36,24 +36,24 @@ from cluster.transport.codec import (
     call_id_of,
     decode_call_id,
     decode_form,
-    decode_go,
     decode_ids,
     decode_order,
     on_cpu,
     pairs_over,
     rows_over,
 )
+from cluster.transport.greeting import FRAME_BYTES, NONCE_BYTES
 from cluster.transport.handshake import decode_hello, encode_welcome
 from cluster.transport.mapped import SEALS, copy_out, map_memory
 from cluster.transport.replies import (
     encode_error,
     reply_header,
 )
-from cluster.transport.shm import FRAME_BYTES, MEMORY_BYTES, NONCE_BYTES
+from cluster.transport.shm import MEMORY_BYTES
 
 log = logging.getLogger(__name__)
 
-_CALL, _CANCEL, _GO, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.GO), int(Kind.ORDER)
+_CALL, _CANCEL, _WAKE, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.WAKE), int(Kind.ORDER)
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_FORMS, MAX_COUNTS = 4096, 64
 """Forms of calls that are known, and of each the numbers of pairs."""
@@ -209,8 +209,7 @@ class _Peer:
         self.calls: dict[int, _ShmReply] = {}
         self._frame = bytearray(FRAME_BYTES)
         self._view = memoryview(self._frame)
-        self._forms: dict[tuple[bytes, int], _Known] = {}
-        self._ahead: dict[int, tuple[LayerCall, bytes, int, _ShmReply]] = {}
+        self._forms: dict[bytes, _Known] = {}
         self._send_lock = threading.Lock()
         self._backlog: deque[bytes] = deque()
         self._gone = False
@@ -230,20 +229,15 @@ class _Peer:
     def _ready(self, _events: int) -> None:
         if self._backlog:
             self._flush()
-        if self._read():  # behind a header that went ahead its go is mostly there by the time that it has been read
-            self._read()
-
-    def _read(self) -> bool:
-        """One packet; whether it was a header that went ahead."""
         try:
             size = self._socket.recv_into(self._frame)
         except BlockingIOError:
-            return False
+            return
         except OSError:
             size = 0
         if not size:
             self.drop()
-            return False
+            return
         frame = self._view[:size]
         kind = 0
         try:
@@ -251,18 +245,15 @@ class _Peer:
                 order, frame = decode_order(frame)
                 self._host.order(order)
                 if not frame:
-                    return False
+                    return
             kind = frame[0]
             if kind == _CALL:
-                return self._take(frame)
-            if kind == _GO:
-                self._go(*decode_go(frame))
+                self._take(frame)
             elif kind == _CANCEL:
                 cancelled = self.calls.get(decode_call_id(frame))
                 if cancelled is not None:
-                    self._ahead.pop(cancelled.call.call_id, None)
                     self._host.cancel(cancelled)
-            else:
+            elif kind != _WAKE:  # which has done what it is for
                 raise InvalidArgument("frame", kind, "neither a call nor what belongs to one")
         except InvalidArgument as exc:
             call_id = call_id_of(frame) if kind == _CALL else 0
@@ -271,59 +262,34 @@ class _Peer:
             else:
                 log.warning("local link ended: %s", exc)
                 self.drop()
-        return False
 
-    def _take(self, frame: memoryview) -> bool:
+    def _take(self, frame: memoryview) -> None:
         key = bytes(frame[:FORM_BYTES])
-        known = self._known(key, -1)
+        known = self._forms.get(key)
+        if known is None:
+            known = self._look_at(key)
         form = known.form
         call, num_pairs = decode_ids(frame)
         if form.pairs_offset + PAIR_BYTES * num_pairs > self._memory.size:
             raise InvalidArgument("num_pairs", num_pairs, "they must be inside this link's memory")
-        pending = _ShmReply(self, call, form)
-        self.calls[call.call_id] = pending
-        if form.placement is Placement.AHEAD:
-            self._ahead[call.call_id] = (call, key, num_pairs, pending)
-            return True
-        self._host.submit(call, known.rows(self._memory, num_pairs), pending)
-        return False
+        pending = self.calls[call.call_id] = _ShmReply(self, call, form)
+        self._host.submit_here(call, known.rows(self._memory, num_pairs), pending)
 
-    def _go(self, call_id: int, num_rows: int, num_pairs: int) -> None:
-        ready = self._ahead.pop(call_id, None)
-        if ready is None:
-            return  # cancelled
-        call, key, most, pending = ready
-        if num_pairs > most:
-            raise InvalidArgument("num_pairs", num_pairs, f"the call's header says {most}")
-        known = self._known(key, num_rows)
-        pending.form = known.form
-        self._host.submit(call, known.rows(self._memory, num_pairs), pending)
-
-    def _known(self, key: bytes, num_rows: int) -> _Known:
-        """What a header says, of its first rows (-1: all)."""
-        found = self._forms.get((key, num_rows))
-        if found is None:
-            form, rows_TH = self._look_at(key)
-            if num_rows > form.num_tokens:
-                raise InvalidArgument("num_rows", num_rows, f"the call's header says {form.num_tokens}")
-            if num_rows >= 0:
-                form, rows_TH = form.with_rows(num_rows), rows_TH[:num_rows]
-            if len(self._forms) >= MAX_FORMS:
-                self._forms.clear()
-            found = self._forms[key, num_rows] = _Known(form, rows_TH)
-        return found
-
-    def _look_at(self, key: bytes) -> tuple[CallForm, torch.Tensor]:
+    def _look_at(self, key: bytes) -> _Known:
+        """What a header says of its payload."""
         form = decode_form(key)
         size = self._memory.size
         if (
-            form.placement not in (Placement.SHARED, Placement.AHEAD)
+            form.placement is not Placement.SHARED
             or form.rows_offset + form.rows_bytes > size
             or form.reply_offset + form.reply_bytes > size
             or (form.rows_offset | form.pairs_offset | form.reply_offset) & 3
         ):
             raise InvalidArgument("offset", form[-5:], "not inside this link's memory")
-        return form, rows_over(form, self._memory)
+        if len(self._forms) >= MAX_FORMS:
+            self._forms.clear()
+        known = self._forms[key] = _Known(form, rows_over(form, self._memory))
+        return known
 
     def drop(self) -> None:
         """Ends the link from this side; its calls are not computed any more."""
@@ -335,7 +301,6 @@ class _Peer:
         for pending in list(self.calls.values()):
             self._host.cancel(pending)
         self.calls.clear()
-        self._ahead.clear()
         self._forms.clear()
         self._socket.close()
         self._forget(self)

@@ -30,6 +30,7 @@ def shape_for(features: dict[str, bool], machine: str) -> tuple[int, int]:
 
 LANES, ROWS = shape_for(dict(binding.get_host_cpu_features()), platform.machine())
 _FLOAT, _INT, _SMALL, _VECTOR = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+_DOUBLE = ir.DoubleType()
 _REGISTERS = 16 if platform.machine() in ("x86_64", "AMD64") and LANES < 16 else 32
 _BYTE = ir.IntType(8).as_pointer()
 _LINE = 64
@@ -63,7 +64,8 @@ def _pointer(to: Any, kind: Any) -> Any:
 
 
 floats, words, longs = _pointer(_FLOAT, types.float32), _pointer(_SMALL, types.int32), _pointer(_INT, types.int64)
-"""The floats, 32-bit or 64-bit integers at an address."""
+doubles = _pointer(_DOUBLE, types.float64)
+"""The floats, 32-bit or 64-bit integers, or doubles at an address."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -44,7 +44,8 @@ def _choose(owners: Any, first: Any, second: Any, wanted: Any, busy: Any, E: int
     return True
 
 
-def _divide(work: Any) -> None:
+@njit  # type: ignore[untyped-decorator]
+def divide_rows(work: Any) -> None:
     first, rows, experts, weights = longs(work[1]), longs(work[2]), longs(work[3]), words(work[4])
     E, P, G, T, hidden, H, found = work[5], work[6], work[7], work[8], work[9], work[10], longs(work[11])
     second, wanted, chosen = work[12], longs(work[13]), longs(work[13] + 8 * work[5])
@@ -94,12 +95,20 @@ def _divide(work: Any) -> None:
     found[0] = 0
 
 
-def _add_rows(work: Any) -> None:
-    total, T, H, index, partial, num = work[1], work[2], work[3], work[4], work[5], work[6]
+@njit  # type: ignore[untyped-decorator]
+def add_rows(total: int, T: int, H: int, index: int, partial: int, num: int) -> None:
     for at in range(num):
         row = longs(index)[at] if index != 0 else at
         if row >= 0 and row < T:
             _add(floats(total + row * H * 4), floats(partial + at * H * 4), H)
 
 
-divide, add = compiled(_divide), compiled(_add_rows)
+def _divide(work: Any) -> None:
+    divide_rows(work)
+
+
+def _add_all(work: Any) -> None:
+    add_rows(work[1], work[2], work[3], work[4], work[5], work[6])
+
+
+divide, add = compiled(_divide), compiled(_add_all)

@@ -81,6 +81,18 @@ def kept_alone(module: str, name: str = "run") -> Kept:
     return run
 
 
+@functools.cache
+def kept_waiting(module: str, name: str) -> Kept:
+    """As `kept_alone`, of a function that waits: it gives the interpreter's lock away."""
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address(module, name))
+
+    def run(work: Work) -> None:
+        work[-1] = 0
+        call(work)
+
+    return run
+
+
 def release_team() -> None:
     """Ends the threads that the calling thread's parallel loops have had; the next loop starts them again. For a thread
     that has loaded what another one computes with.

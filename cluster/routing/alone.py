@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
-    """Row and logical expert of each pair, and the gate's weights [T, K]."""
+    """Row of each pair, and the gate's experts and weights [T, K]."""
 
     rows_P: Ints
-    experts_P: Ints
+    index_TK: torch.Tensor
     weight_TK: torch.Tensor
 
 
@@ -64,7 +64,7 @@ def alone(
         return None
     call = caller.call(step, layer, step.priority)
     weight_P = pairs.weight_TK.detach().reshape(-1).float().cpu().numpy()
-    rows = LayerRows.of(hidden_TH, pairs.rows_P, pairs.experts_P, weight_P)
+    rows = LayerRows.of(hidden_TH, pairs.rows_P, pairs.index_TK.reshape(-1).cpu().numpy(), weight_P)
     try:
         reply = link.at_once(call, rows)
     except RETRIED as exc:

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from cluster.routing.speeds import Speeds
 from cluster.routing.split import Ints, Part, add_rows, split
 from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
-from cluster.transport.base import LayerReply, PendingReply
+from cluster.transport.base import LayerReply, PendingReply, Transport
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,22 @@ class Caller:
                     step.ledger.wait(self.whose(layer, part), layer, Stage.FAILOVER, spent_s)
                     failing_s += spent_s
         return failing_s
+
+    def patience_s(self, links: Sequence[Transport], decode: bool, num_rows: int) -> float:
+        """How long calls over these links are waited for before anybody looks at each of them."""
+        if not self.watches:
+            return self.call_timeout_s
+        speeds, seconds = self.speeds, self.call_timeout_s
+        for link in links:
+            hedge_s = speeds.hedge_after_s(link.group, decode)
+            seconds = min(seconds, speeds.lost_after_s(link.group, num_rows), seconds if hedge_s is None else hedge_s)
+        return seconds
+
+    def adopted(self, layer: int, parts: list[Part]) -> None:
+        """These have been sent already."""
+        for part in parts:
+            self.speeds.sent()
+            part.covered = self.watches and self._fabric.covered(layer, part.rows.pairs_3P[1], part.group)
 
     def _limit(self, part: Part) -> Deadline:
         """When a call counts as lost: soon where its experts have other copies."""

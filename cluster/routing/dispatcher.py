@@ -7,18 +7,19 @@ result does not depend on arrival. What happens to a call that fails is `cluster
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cluster.core import Clock, Deadline, Order, Priority
 from cluster.errors import ExpertMeshError
+from cluster.kernels.exchange import IDLE, Outcome
 from cluster.routing.alone import Pairs, alone, cold_load
 from cluster.routing.caller import Caller, cancel_unanswered
+from cluster.routing.exchange import Chosen, Exchanges, Sent
 from cluster.routing.fabric import Fabric
-from cluster.routing.place import place
 from cluster.routing.prediction import chances
 from cluster.routing.split import Floats, Ints, Part, add_rows, split
 from cluster.routing.step import StepContext
@@ -26,10 +27,33 @@ from cluster.telemetry.account import StepEvent
 from cluster.telemetry.critical import Answer, account
 from cluster.telemetry.ledger import Stage
 from cluster.telemetry.steps import LayerTimes
-from cluster.transport.base import LayerReply, PendingReply
+from cluster.transport.base import LayerReply, PendingReply, Transport
+from cluster.transport.exchange import ShmExchange
 
 Counter = Callable[[int, Ints, int, Priority], None]
 """(MoE layer, logical expert of each pair, number of tokens, what kind of step), of every layer call."""
+
+
+class _Waits(NamedTuple):
+    """What a layer waits for, until when at most, bytes of a row there and back, and what has come."""
+
+    step: StepContext
+    layer: int
+    decode: bool
+    limit: Deadline
+    row_bytes: int
+    answers: list[Answer]
+
+
+class _Owed(NamedTuple):
+    """Answers to exchanged calls that have been added and not booked: over which links they came, what is told of each
+    (`Outcome`), when they were sent, and when the wait for them began."""
+
+    waits: _Waits
+    links: Sequence[Transport]
+    told: list[list[float]]
+    sent_s: float
+    began_s: float
 
 
 class Dispatcher:
@@ -44,6 +68,8 @@ class Dispatcher:
         count: Counter | None = None,
     ) -> None:
         self._fabric, self._dtype, self._caller, self._clock, self._count = fabric, dtype, caller, clock, count
+        self._exchanges = Exchanges(fabric, caller)
+        self._owed: _Owed | None = None
         self._rows_of: tuple[int, int, Ints] = 0, 0, np.empty(0, np.int64)
 
     def __call__(
@@ -67,75 +93,131 @@ class Dispatcher:
         started_s = self._clock()
         num_tokens, experts_per_token = index_TK.shape
         rows_P = self._rows(num_tokens, experts_per_token)
-        experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
-        if self._count is not None:
-            self._count(layer, experts_P, num_tokens, step.priority)
         local_TH = hidden_TH.to(self._dtype)
         caller, decode = self._caller, step.priority is Priority.DECODE
         times = LayerTimes(layer, started_s) if step.detail is not None else None
         traceparent = step.detail.open(times) if step.detail is not None and times is not None else ""
-        rows = local_TH, index_TK, weight_TK
-        if decode and times is None:
-            pairs = Pairs(rows_P, experts_P, weight_TK)
+        parts: list[Part] = []
+        inline_s = failing_s = 0.0
+        sent = self._exchanges.send(step, layer, Chosen(local_TH, index_TK, weight_TK, rows_P), traceparent)
+        if sent is None and decode and times is None:
+            pairs = Pairs(rows_P, index_TK, weight_TK)
             computed = alone(self._fabric, caller, step, layer, local_TH, pairs, self._clock)
             if computed is not None:
+                self._counted(step, layer, index_TK)
                 self._book_alone(step, started_s, computed.seconds, meanwhile)
                 return computed.total_TH.to(hidden_TH.device)
-        new_call = partial(caller.call, step, layer, step.priority, traceparent)
-        parts = place(self._fabric, caller.speeds, layer, rows, rows_P, decode, new_call)
-        if parts is None:
+        if sent is None:
+            experts_P = _experts(index_TK)
             owner_E = caller.owners(layer, experts_P, decode)
             weight_P: Floats = weight_TK.detach().reshape(-1).float().cpu().numpy()
             parts = split(owner_E, local_TH, rows_P, experts_P, weight_P, experts_per_token)
-        failing_s = caller.send(step, layer, parts, step.priority, traceparent)
+            failing_s = caller.send(step, layer, parts, step.priority, traceparent)
+            # Groups in this process have computed in the meantime: that is theirs.
+            inline_s = self._account_inline(step, layer, parts)
         sent_s = now_s = self._clock()
-        # Groups in this process have computed in the meantime: that is theirs.
-        inline_s = self._account_inline(step, layer, parts)
         step.ledger.add(Stage.DISPATCH, sent_s - started_s - inline_s - failing_s)
-        answers: list[Answer] = []
-        combine_s = 0.0
-        waiting = Deadline.after(caller.call_timeout_s, self._clock)
+        # While the groups compute: what need not be done before they do.
+        self._settle()
+        self._counted(step, layer, index_TK)
+        row_bytes = local_TH.shape[1] * (local_TH.itemsize + 4)
+        waits = _Waits(step, layer, decode, Deadline.after(caller.call_timeout_s, self._clock), row_bytes, [])
         try:
             if meanwhile is not None:
                 meanwhile()
                 now_s = self._clock()
                 step.ledger.add(Stage.TRUNK, now_s - sent_s)
-            # A group in this process gives what is nobody else's, and where it is the only one that is the sum.
-            only = bool(inline_s) and len(parts) == 1 and parts[0].row_index is None
-            shape = (0,) if only else local_TH.shape
-            combined_TH = torch.zeros(shape, dtype=torch.float32, device=hidden_TH.device)
-            for part in parts:
-                from_s = now_s
-                try:
-                    reply = caller.reply(step, layer, part, decode, waiting)
-                except ExpertMeshError:
-                    spent_s = self._clock() - from_s
-                    whose, num_rows = self._caller.whose(layer, part), part.rows.hidden_TH.shape[0]
-                    step.ledger.wait(whose, layer, Stage.FAILOVER, spent_s)
-                    step.events.append(
-                        StepEvent("failover", from_s, spent_s, whose, layer, tokens=num_rows, cause=part.failed)
-                    )
-                    account(step.ledger, layer, answers)
-                    if step.detail is not None and times is not None:
-                        step.detail.close(times, sent_s, answers, self._clock())
-                    raise
-                arrived_s = self._clock()
-                if only:
-                    combined_TH = reply.partial_TH.to(hidden_TH.device)
-                else:
-                    add_rows(combined_TH, part.row_index, reply.partial_TH)
-                now_s = self._clock()
-                combine_s += now_s - arrived_s
-                answers.append(self._answer_of(step, layer, part, reply, from_s, arrived_s))
-                part.pending = None
-                del reply  # its rows may be memory of a link
+            if sent is not None and sent.wait(caller.patience_s(sent.links, decode, num_tokens)):
+                combined_TH = self._added(waits, sent)
+            else:
+                if sent is not None:
+                    parts = sent.parts(waits.limit)
+                    caller.adopted(layer, parts)
+                # A group in this process gives what is nobody else's, and where it is the only one that is the sum.
+                only = bool(inline_s) and len(parts) == 1 and parts[0].row_index is None
+                shape = (0,) if only else local_TH.shape
+                combined_TH = torch.zeros(shape, dtype=torch.float32, device=hidden_TH.device)
+                combined_TH = self._combined(waits, parts, combined_TH, only, now_s)
+                if not inline_s:
+                    account(step.ledger, layer, waits.answers)
+        except ExpertMeshError:
+            account(step.ledger, layer, waits.answers)
+            raise
         finally:
+            if times is not None and step.detail is not None:
+                self._settle()
+                step.detail.close(times, sent_s, waits.answers, self._clock())
+            if sent is not None:
+                sent.end()
             cancel_unanswered(parts)
+        return combined_TH
+
+    def _added(self, waits: _Waits, sent: Sent) -> torch.Tensor:
+        """The sum of answers that are there. Their times are booked while the next layer's groups compute."""
+        self._owed = _Owed(waits, sent.links, sent.exchange.answers(), sent.sent_s, sent.exchange.began_s)
+        if waits.layer + 1 >= self._fabric.num_layers() or any(Outcome(*told).load_s > 0 for told in self._owed.told):
+            self._settle(sent.exchange)
+        return sent.total_TH
+
+    def _settle(self, exchange: ShmExchange | None = None) -> None:
+        """Books the answers that have been added. ``exchange`` is theirs, if it has not been used again."""
+        if self._owed is None:
+            return
+        (waits, links, all_told, sent_s, began_s), self._owed = self._owed, None
+        step, from_s, combine_s, speeds = waits.step, began_s, 0.0, self._caller.speeds
+        for number, told in enumerate(all_told):
+            outcome = Outcome(*told)
+            if outcome.state == IDLE:
+                continue
+            group, num_rows, compute_s = links[number].group, int(outcome.num_rows), outcome.compute_s
+            speeds.sent()
+            # Both clocks are one: an answer that lay in the socket before anybody read came when the group says.
+            answered_s = outcome.answered_s if sent_s <= outcome.answered_s < began_s else outcome.arrived_s
+            step.ledger.called(group, num_rows, num_rows * waits.row_bytes)
+            if self._caller.watches:
+                trip_s = answered_s - sent_s
+                speeds.answered(group, waits.decode, num_rows, int(outcome.num_experts), compute_s, trip_s)
+            if outcome.load_s > 0 and exchange is not None:
+                begun_s, (load_bytes, expert) = answered_s - compute_s - outcome.load_s, exchange.load_of(number)
+                step.events.append(
+                    StepEvent("cold_load", begun_s, outcome.load_s, group, waits.layer, expert, load_bytes)
+                )
+            waits.answers.append(
+                Answer(group, answered_s, from_s, outcome.arrived_s, outcome.queue_s, compute_s, outcome.load_s)
+            )
+            from_s = outcome.added_s
+            combine_s += from_s - outcome.arrived_s
         step.ledger.add(Stage.COMBINE, combine_s)
-        if not inline_s:
-            account(step.ledger, layer, answers)
-        if step.detail is not None and times is not None:
-            step.detail.close(times, sent_s, answers, self._clock())
+        account(step.ledger, waits.layer, waits.answers)
+
+    def _combined(
+        self, waits: _Waits, parts: list[Part], combined_TH: torch.Tensor, only: bool, now_s: float
+    ) -> torch.Tensor:
+        """The sum of the answers to all parts, each waited for; ``only`` one is the sum itself."""
+        step, layer = waits.step, waits.layer
+        combine_s = 0.0
+        for part in parts:
+            from_s, num_rows = now_s, len(part.rows.hidden_TH)
+            try:
+                reply = self._caller.reply(step, layer, part, waits.decode, waits.limit)
+            except ExpertMeshError:
+                spent_s, whose = self._clock() - from_s, self._caller.whose(layer, part)
+                step.ledger.wait(whose, layer, Stage.FAILOVER, spent_s)
+                step.events.append(
+                    StepEvent("failover", from_s, spent_s, whose, layer, tokens=num_rows, cause=part.failed)
+                )
+                raise
+            arrived_s = self._clock()
+            if only:
+                combined_TH = reply.partial_TH.to(combined_TH.device)
+            else:
+                add_rows(combined_TH, part.row_index, reply.partial_TH)
+            now_s = self._clock()
+            combine_s += now_s - arrived_s
+            waits.answers.append(self._answer_of(waits, part, reply, from_s, arrived_s))
+            part.pending = None
+            del reply  # its rows may be memory of a link
+        step.ledger.add(Stage.COMBINE, combine_s)
         return combined_TH
 
     def _book_alone(
@@ -147,6 +229,10 @@ class Dispatcher:
             meanwhile()
             step.ledger.add(Stage.TRUNK, self._clock() - ended_s)
 
+    def _counted(self, step: StepContext, layer: int, index_TK: torch.Tensor) -> None:
+        if self._count is not None:
+            self._count(layer, _experts(index_TK), len(index_TK), step.priority)
+
     def _rows(self, num_tokens: int, experts_per_token: int) -> Ints:
         """0, 0, ..., 1, 1, ...: the same for all layers of a step."""
         if self._rows_of[:2] != (num_tokens, experts_per_token):
@@ -154,10 +240,9 @@ class Dispatcher:
             self._rows_of = num_tokens, experts_per_token, rows_P
         return self._rows_of[2]
 
-    def _answer_of(
-        self, step: StepContext, layer: int, part: Part, reply: LayerReply, from_s: float, arrived_s: float
-    ) -> Answer:
+    def _answer_of(self, waits: _Waits, part: Part, reply: LayerReply, from_s: float, arrived_s: float) -> Answer:
         """The answer for the ledger; what is rare about it becomes an event of the step."""
+        step, layer = waits.step, waits.layer
         rows, group = part.rows, self._caller.whose(layer, part)
         step.ledger.called(group, rows.hidden_TH.shape[0], rows.hidden_TH.nbytes + reply.partial_TH.nbytes)
         answered_s = part.pending.answered_s if part.pending is not None else arrived_s
@@ -221,3 +306,9 @@ class Dispatcher:
             step.ledger.wait(part.group, layer, Stage.GROUP_COMPUTE, compute_s - load_s)
             step.ledger.wait(part.group, layer, Stage.COLD_LOAD, load_s)
         return spent_s
+
+
+def _experts(index_TK: torch.Tensor) -> Ints:
+    """Of each pair."""
+    experts_P: Ints = index_TK.reshape(-1).cpu().numpy().astype(np.int64, copy=False)
+    return experts_P

@@ -53,6 +53,8 @@ class Fabric:
         self._incarnations: dict[GroupId, str] = {}
         self._copies: dict[tuple[int, GroupId], LayerCopies] = {}
         self._suspects: dict[GroupId, Any] = {}
+        self.view = object()
+        """Another one as soon as anything that `copies`, `up` and `membership` say may have changed."""
         self.has_copies = False
         self._last_owner_LE: list[Owners] = []
         self._stores: frozenset[GroupId] = frozenset()
@@ -107,7 +109,7 @@ class Fabric:
                 self._last_owner_LE = [np.where(now >= 0, now, then) for now, then in zip(owner_LE, known, strict=True)]
                 self.has_copies = any(len(groups) > 1 for experts in membership.table.owners for groups in experts)
                 self._copies = {}
-            self._membership = membership
+            self._membership, self.view = membership, object()
             stores = {info.group: info.store for info in membership.groups.values() if info.store is not None}
             self._stores, self._depth = frozenset(stores), look_ahead(stores.values())
             gone = [(group, self._take_out(group)) for group in [g for g in self._links if self._stale(g)]]
@@ -125,6 +127,7 @@ class Fabric:
         return info is None or info.incarnation != self._incarnations[group] or not self._links[group].healthy()
 
     def _take_out(self, group: GroupId) -> Transport:
+        self.view = object()
         self._incarnations.pop(group, None)
         return self._links.pop(group)
 
@@ -189,6 +192,10 @@ class Fabric:
                 found = self._copies[key] = LayerCopies(owners)
             return found
 
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return len(self._last_owner_LE)
+
     def num_experts(self, layer: int) -> int:
         """Logical experts of a layer."""
         return len(self._last_owner_LE[layer])
@@ -208,7 +215,7 @@ class Fabric:
         if group in self._membership.groups:
             if row_1H is not None or group not in self._suspects:
                 self._suspects[group] = row_1H
-            self._copies = {}
+            self._copies, self.view = {}, object()
 
     def _reach(self, group: GroupId) -> None:
         """Sees to it that there is a link to a group, and that it answers if that is in doubt."""
@@ -235,7 +242,7 @@ class Fabric:
         with self._lock:
             if self._suspects.get(group) is row_1H:  # it was not doubted anew meanwhile
                 self._suspects.pop(group, None)
-                self._copies = {}
+                self._copies, self.view = {}, object()
         log.warning("group %d answers again", group)
 
     def store_links(self) -> list[Transport]:
@@ -281,7 +288,7 @@ class Fabric:
         made = self._connect(info, Deadline.after(CONNECT_TIMEOUT_S, self._clock))
         with self._lock:
             if group not in self._links:
-                self._links[group], self._incarnations[group] = made, info.incarnation
+                self._links[group], self._incarnations[group], self.view = made, info.incarnation, object()
                 self._reconnects[group] = self._reconnects.get(group, -1) + 1
                 return made
             other = self._links[group]

@@ -114,6 +114,10 @@ class Speeds:
                     self._cost = {group: max(1.0, step) if step > 1.5 else 1.0 for group, step in steps.items()}
         return self._cost
 
+    def uneven(self) -> bool:
+        """Whether `cost` or `handicaps` would say anything. To be asked instead of them."""
+        return bool(self.cost()) or bool(self.handicaps())
+
     def handicaps(self) -> dict[GroupId, float]:
         """Experts' worth of time that a decode call to a group takes longer than one to the quickest, whatever it
         computes: a process that hardly runs, or a slow way. To be asked after `cost`, which forgives now and then."""

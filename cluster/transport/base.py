@@ -54,23 +54,6 @@ class LayerRows(NamedTuple):
         return torch.from_numpy(self.pairs_3P[2].view(np.float32))
 
 
-class Room(Protocol):
-    """Memory of a link for the rows (fp32) and pairs of one call, to be written by whoever sends it: at these
-    addresses. Whoever took it submits that call with what `rows` gives, or leaves it."""
-
-    rows_at: int
-    pairs_at: int
-
-    def rows(self, num_rows: int, num_pairs: int) -> LayerRows:
-        """The payload, after that many rows and pairs have been written. It is good until its call is cancelled, or
-        its reply, or error, is gone."""
-        ...
-
-    def leave(self) -> None:
-        """No call comes."""
-        ...
-
-
 class LayerReply(NamedTuple):
     """``partial_TH`` (fp32): per row the weighted sum of this group's experts. Times by the group's own clock.
 
@@ -199,11 +182,6 @@ class Transport(Protocol):
             LinkBroken: the link is down; nothing was sent.
             DeadlineExceeded: there was no room for the call in time; nothing was sent.
         """
-        ...
-
-    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> Room | None:
-        """Memory for this call, with at most so many fp32 rows and pairs, where they travel without a copy; None where
-        calls are copied anyway, or there is no such memory now. To be called by the thread that submits calls."""
         ...
 
     def cancel(self, pending: PendingReply) -> None:

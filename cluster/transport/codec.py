@@ -28,7 +28,7 @@ from cluster.errors import (
 )
 from cluster.transport.base import LayerRows, Pairs
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 """Larger calls are split by the dispatcher (see `max_rows`)."""
 _HEADROOM_BYTES = 1024 * 1024
@@ -53,8 +53,6 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 }
 PAIR_BYTES = 12
 
-_KIND_GO = 6  # as in the enumerations; looking them up there costs as much as packing
-
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -66,7 +64,7 @@ class Kind(enum.IntEnum):
     CALL = 3
     CANCEL = 4
     REPLY = 5
-    GO = 6
+    WAKE = 6
     ORDER = 7
 
 
@@ -79,9 +77,6 @@ class Placement(enum.IntEnum):
     """In the link's shared memory, at the header's offsets."""
     ANNOUNCED = 2
     """Sent by the link's process group, in the order of the announcements."""
-    AHEAD = 3
-    """As shared, but the header goes ahead: nothing may be read before a GO with the same call id, which says how many
-    of the rows and pairs that there is room for are meant."""
 
 
 # A call's header: the form of its payload (kind, dtype, placement, 0; T, H; where rows, pairs and reply are), which is
@@ -89,10 +84,10 @@ class Placement(enum.IntEnum):
 _FORM = struct.Struct("<4B2I3Q4x")
 _IDS = struct.Struct("<I2QI2Q2I55sx")
 FORM_BYTES = _FORM.size
-CALL_BYTES = _FORM.size + _IDS.size
+IDS_BYTES = _IDS.size
+CALL_BYTES = FORM_BYTES + IDS_BYTES
 _AT = FORM_BYTES
 _CALL_ID = struct.Struct("<BQ")
-_GO = struct.Struct("<BQ2I")
 _ORDER = struct.Struct("<B3x2IQ")
 
 
@@ -108,12 +103,6 @@ class CallForm(NamedTuple):
     reply_offset: int
     rows_bytes: int
     reply_bytes: int
-
-    def with_rows(self, num_rows: int) -> CallForm:
-        """Of so many rows only, where they are."""
-        elements = num_rows * self.hidden_size
-        size = elements * self.dtype.itemsize
-        return self._replace(num_tokens=num_rows, rows_bytes=size, reply_bytes=4 * elements)
 
 
 def aligned(num_bytes: int) -> int:
@@ -183,6 +172,12 @@ def encode_ids(call: LayerCall, num_pairs: int) -> bytes:
     return _IDS.pack(num_pairs, *call[:7], traceparent.encode("ascii") if traceparent else b"")
 
 
+def put_ids(into: bytearray, call: LayerCall) -> None:
+    """Writes the second part, but for the number of pairs, to the first `IDS_BYTES` of a buffer."""
+    traceparent = call[7]
+    _IDS.pack_into(into, 0, 0, *call[:7], traceparent.encode("ascii") if traceparent else b"")
+
+
 def encode_call(call: LayerCall, rows: LayerRows, before: bytes = b"") -> bytes:
     """A whole call in one frame (one copy of the payload), behind ``before``."""
     hidden_TH, pairs_3P = on_cpu(rows.hidden_TH), rows.pairs_3P
@@ -231,7 +226,7 @@ def decode_form(frame: bytes) -> CallForm:
     if dtype is None:
         raise InvalidArgument("dtype", code, f"must be one of {', '.join(str(known) for known in _DTYPES)}")
     if placement not in PLACEMENTS:
-        raise InvalidArgument("placement", placement, "must be from 0 to 3")
+        raise InvalidArgument("placement", placement, "must be from 0 to 2")
     elements = num_tokens * hidden_size
     if 4 * elements > MAX_MESSAGE_BYTES:
         raise InvalidArgument("rows", (num_tokens, hidden_size), f"a message has at most {MAX_MESSAGE_BYTES} bytes")
@@ -300,6 +295,10 @@ def pairs_over(data: Any, num_pairs: int, offset: int) -> Pairs:
     return np.ndarray((3, num_pairs), _INT32, data, offset)
 
 
+WAKE = bytes([Kind.WAKE])
+"""A whole frame: a call is about to come. Whoever sleeps takes as long to wake up as the call takes to be written."""
+
+
 def encode_cancel(call_id: int) -> bytes:
     """Says that a call's answer is no longer wanted."""
     return _CALL_ID.pack(Kind.CANCEL, call_id)
@@ -323,23 +322,6 @@ def decode_order(frame: bytes | memoryview) -> tuple[Order, memoryview]:
     if len(frame) < size:
         raise InvalidArgument("order", f"{len(frame)} bytes", f"the header says {count} experts")
     return Order(step_id, layer, bytes(frame[_ORDER.size : size])), memoryview(frame)[size:]
-
-
-def encode_go(call_id: int, num_rows: int, num_pairs: int) -> bytes:
-    """Says that so many rows and pairs of a call whose header went ahead are there."""
-    return _GO.pack(_KIND_GO, call_id, num_rows, num_pairs)
-
-
-def decode_go(frame: bytes | bytearray | memoryview) -> tuple[int, int, int]:
-    """Call id, rows and pairs.
-
-    Raises:
-        InvalidArgument: the frame has another length.
-    """
-    if len(frame) != _GO.size:
-        raise InvalidArgument("frame", len(frame), f"a go has {_GO.size} bytes")
-    _, call_id, num_rows, num_pairs = _GO.unpack_from(frame)
-    return call_id, num_rows, num_pairs
 
 
 def decode_call_id(frame: bytes | bytearray | memoryview) -> int:

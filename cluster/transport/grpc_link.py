@@ -153,9 +153,6 @@ class GrpcTransport:
                 self._payload.send(rows.hidden_TH)
         return pending
 
-    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> None:
-        """See `Transport`."""
-
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`. The call stays known until the group answers, which it does in any case: an announced answer
         that is under way must still be received."""

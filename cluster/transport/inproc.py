@@ -49,9 +49,6 @@ class InprocTransport:
             raise LinkBroken(f"link to group {self.group} is closed")
         return self._compute(call, rows)
 
-    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> None:
-        """See `Transport`."""
-
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`."""
         self._handler.cancel(pending)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
 from cluster.errors import ExpertMeshError, LinkBroken
-from cluster.transport.base import LayerRows, PendingReply, Room, Transport
+from cluster.transport.base import LayerRows, PendingReply, Transport
 from cluster.transport.choice import BASE, Candidate, explain
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,12 @@ class Link:
         best = self._best
         return best.kind if best is not None else self._base.kind
 
+    @property
+    def carrier(self) -> Transport:
+        """The transport that carries calls now."""
+        best = self._best
+        return best if best is not None else self._base
+
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         """See `Transport`. A better transport that is found broken here is left for gRPC at once."""
         best = self._best
@@ -92,11 +98,6 @@ class Link:
             except LinkBroken as exc:
                 self._fall_back(best, str(exc))
         return self._base.submit(call, rows, deadline)
-
-    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> Room | None:
-        """See `Transport`."""
-        best = self._best
-        return None if best is None else best.room(call, num_tokens, hidden_size, num_pairs)
 
     def cancel(self, pending: PendingReply) -> None:
         """See `Transport`."""

@@ -15,6 +15,9 @@ class WaitingOrders:
     def __init__(self) -> None:
         self._orders: list[Order] = []
 
+    def __len__(self) -> int:
+        return len(self._orders)
+
     def add(self, order: Order) -> None:
         """Waits for the next call of its step. Those of other steps are stale: where no call comes, none pile up."""
         if self._orders and self._orders[-1].step_id != order.step_id:

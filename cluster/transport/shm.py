@@ -12,10 +12,10 @@ That both ends are on one host is proved, not believed: the group reads a nonce 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
-import secrets
 import select
 import socket
 import struct
@@ -26,20 +26,20 @@ import numpy as np
 import torch
 
 from cluster.core import Clock, Deadline, GroupId, LayerCall, Order
-from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, LinkBroken, LinkRefused
+from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, LinkBroken
+from cluster.kernels.exchange import TICK_NS
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.arena import Home, LeasedMemory
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 from cluster.transport.codec import (
     PAIR_BYTES,
-    PROTOCOL_VERSION,
+    WAKE,
     encode_cancel,
-    encode_go,
     encode_ids,
     encode_order,
     on_cpu,
 )
-from cluster.transport.handshake import decode_welcome, encode_hello
+from cluster.transport.greeting import FRAME_BYTES, NONCE_BYTES, greet
 from cluster.transport.mapped import SEALS, copy_out, map_memory
 from cluster.transport.orders import WaitingOrders
 from cluster.transport.replies import (
@@ -47,18 +47,19 @@ from cluster.transport.replies import (
     decode_times,
     raise_for_status,
 )
-from cluster.transport.slot import Answered, Slot, SlotRoom
+from cluster.transport.seats import Seats
+from cluster.transport.slot import Answered, Slot
 
 _FP32 = np.dtype("<f4")
 MEMORY_BYTES = 1024**3
 """Address space of one link. Pages take memory once they are touched, and blocks are taken from the low end."""
 KEPT_BYTES = 32 * 1024**2
 """What is above goes back to the system as soon as a link is idle."""
+SEATS_SHARE = 64
+"""The low end of so much is for seats: 16 MiB."""
 REUSED_BYTES = 512 * 1024
 """Blocks up to this size are kept for the next call of the same shape."""
-NONCE_BYTES = 32
-FRAME_BYTES = 64 * 1024
-TICK_S = 0.05
+TICK_S = TICK_NS * 1e-9
 
 
 class _PumpedReply(PendingReply):
@@ -104,9 +105,8 @@ class ShmTransport:
         self._turn = threading.Condition()
         self._num_followers = 0
         self._orders = WaitingOrders()
-        self._rooms: dict[int, SlotRoom] = {}  # by call, from when they are taken to when it is sent
-        self._frame = bytearray(FRAME_BYTES)
-        self._view = memoryview(self._frame)
+        self._frame = (ctypes.c_char * FRAME_BYTES)()
+        self._view = memoryview(self._frame).cast("B")
         fd = os.memfd_create(f"expertmesh-link-{group}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, memory_bytes)
@@ -114,41 +114,23 @@ class ShmTransport:
             self._map = map_memory(fd, memory_bytes)
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
-                self._shake_hands(fd, hello, deadline)
+                greet(self._socket, (fd, self._map), address, group, hello, deadline)
             except BaseException:
                 self._socket.close()
                 raise
         finally:
             os.close(fd)
         memory = np.frombuffer(self._map, np.uint8)
-        self._memory = LeasedMemory(memory, NONCE_BYTES, KEPT_BYTES, self._trim)
-        self._bytes, self._base = memory, memory.ctypes.data
+        # Seats are kept for long, and apart: what is beside them is given back to the system when it is free.
+        seats_end = memory_bytes // SEATS_SHARE
+        self.seats = Seats(memory[:seats_end], NONCE_BYTES)
+        self._memory = LeasedMemory(memory, seats_end, KEPT_BYTES, self._trim)
+        self._base, self.fd, self.frame_at = memory.ctypes.data, self._socket.fileno(), ctypes.addressof(self._frame)
         # Reading blocks in the kernel for a tick at most, which spares a call of poll; sending never blocks.
         self._socket.setblocking(True)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(TICK_S * 1e6)))
         self._readable = select.poll()
         self._readable.register(self._socket, select.POLLIN)
-
-    def _shake_hands(self, fd: int, hello: links_pb2.Hello, deadline: Deadline) -> None:
-        greeting, nonce = links_pb2.Hello(), secrets.token_bytes(NONCE_BYTES)
-        greeting.CopyFrom(hello)
-        greeting.protocol, greeting.memory_bytes = PROTOCOL_VERSION, len(self._map)
-        self._map[:NONCE_BYTES] = nonce
-        try:
-            self._socket.settimeout(max(0.001, deadline.remaining_s()))
-            self._socket.connect(b"\0" + self.address.encode())
-            socket.send_fds(self._socket, [encode_hello(greeting)], [fd])
-            answer = self._socket.recv(FRAME_BYTES)
-        except OSError as exc:
-            raise LinkBroken(f"group {self.group}: no local socket {self.address}: {exc.strerror or exc}") from exc
-        if not answer:
-            raise LinkBroken(f"group {self.group} closed its local socket during the handshake")
-        welcome = decode_welcome(answer)
-        if welcome is None:
-            reason = answer.decode("utf-8", "replace")
-            raise LinkRefused(f"group {self.group} refused the shared-memory link: {reason}")
-        if welcome.nonce != nonce:
-            raise LinkBroken(f"group {self.group} does not see the same memory")
 
     def _trim(self, high: int) -> None:
         with contextlib.suppress(OSError):  # not every kernel can; the memory then stays with the link
@@ -159,31 +141,22 @@ class ShmTransport:
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         """See `Transport`."""
         hidden_TH, pairs_3P = rows
-        num_rows, num_pairs = hidden_TH.shape[0], pairs_3P.shape[1]
-        room = self._rooms.pop(call.call_id, None) if self._rooms else None
-        slot: Slot
-        if room is not None:
-            slot, answered, frame = room, room.answered_with(num_rows), encode_go(call.call_id, num_rows, num_pairs)
-        else:
-            slot = self._slot(hidden_TH, num_pairs, deadline)
-            answered, frame = slot.answered, self._orders.take(call) + slot.header + encode_ids(call, num_pairs)
+        num_pairs = pairs_3P.shape[1]
+        slot = self._slot(hidden_TH, num_pairs, deadline)
+        answered, frame = slot.answered, self._orders.take(call) + slot.header + encode_ids(call, num_pairs)
+        rows_TH = on_cpu(hidden_TH)
+        copy_out(rows_TH, slot.address, slot.rows_bytes)
+        if num_pairs:
+            self._map[slot.pairs_offset : slot.pairs_offset + PAIR_BYTES * num_pairs] = pairs_3P.data
+        # Setting and popping are atomic, and whoever breaks the link says so before it looks at who waits.
+        pending = self._waiting[call.call_id] = _PumpedReply(self, call, slot, answered)
         try:
-            if room is None:
-                if slot.ahead:
-                    # The group wakes up and reads the header while rows are copied; it cannot answer before the go.
-                    self._send(frame, deadline)
-                    frame = encode_go(call.call_id, num_rows, num_pairs)
-                rows_TH = on_cpu(hidden_TH)
-                copy_out(rows_TH, slot.address, slot.rows_bytes)
-                if num_pairs:
-                    self._map[slot.pairs_offset : slot.pairs_offset + PAIR_BYTES * num_pairs] = pairs_3P.data
-            # Setting and popping are atomic, and whoever breaks the link says so before it looks at who waits.
-            pending = self._waiting[call.call_id] = _PumpedReply(self, call, slot, answered)
             if self.broken is None:
                 self._send(frame, deadline)
-        except DeadlineExceeded as exc:
-            # Half a call is out, perhaps: nobody knows what the group makes of its memory.
-            self._break(LinkBroken(str(exc)))
+        except DeadlineExceeded:
+            if self._waiting.pop(call.call_id, None) is not None:
+                slot.give_back()  # of which the group has not been told
+            raise
         if self.broken is not None:
             self._waiting.pop(call.call_id, None)
             raise LinkBroken(str(self.broken))
@@ -198,45 +171,6 @@ class ShmTransport:
 
     def _lease(self, slot: Slot, answered: Answered) -> torch.Tensor:
         return torch.from_numpy(self._memory.lease(slot, slot.reply_offset, answered.shape, _FP32))
-
-    def room(self, call: LayerCall, num_tokens: int, hidden_size: int, num_pairs: int) -> SlotRoom | None:
-        """See `Transport`. The header goes ahead: the group wakes up and reads it while the rows are written."""
-        if self.broken is not None:
-            return None
-        shape, max_pairs = (num_tokens, hidden_size), 1 << num_pairs.bit_length()
-        home = self._memory.home((shape, max_pairs))
-        room: SlotRoom | None
-        try:
-            room = home.pop()
-        except IndexError:
-            room = self._new_room(home, shape, max_pairs)
-            if room is None:
-                return None
-        try:
-            frame = self._orders.take(call) + room.header + encode_ids(call, num_pairs)
-            self._socket.send(frame, socket.MSG_DONTWAIT)
-        except BaseException as exc:
-            room.give_back()
-            if isinstance(exc, OSError):  # the group is busy, its socket full; or the link broke, as a call will find
-                return None
-            raise
-        room.call_id = call.call_id
-        self._rooms[call.call_id] = room
-        return room
-
-    def _new_room(self, home: Home, shape: tuple[int, int], max_pairs: int) -> SlotRoom | None:
-        def make(offset: int, size: int, home: Home) -> SlotRoom:
-            return SlotRoom(offset, size, home, self._base, shape, self._bytes, self._leave)
-
-        made: SlotRoom | None = self._memory.make(home, Slot.size_for(shape, torch.float32, max_pairs), make)
-        return made
-
-    def _leave(self, room: SlotRoom) -> None:
-        """The group forgets the header."""
-        if self._rooms.pop(room.call_id, None) is room:
-            room.give_back()
-            with contextlib.suppress(DeadlineExceeded):
-                self._send(encode_cancel(room.call_id), Deadline(0.0))
 
     def _slot(self, hidden_TH: torch.Tensor, num_pairs: int, deadline: Deadline) -> Slot:
         kind = (hidden_TH.shape, hidden_TH.dtype, num_pairs.bit_length())
@@ -295,10 +229,76 @@ class ShmTransport:
         if not at_once:
             self._orders.add(order)
             return
-        frame = encode_order(order)
-        if self.broken is None and len(frame) <= FRAME_BYTES:
+        self.send_orders(encode_order(order))
+
+    def send_orders(self, frames: bytes) -> None:
+        """Sends orders that wait for no call; lost as those of `order`."""
+        if self.broken is None and len(frames) <= FRAME_BYTES:
             with contextlib.suppress(DeadlineExceeded):
-                self._send(frame, Deadline(0.0))
+                self._send(frames, Deadline(0.0))
+
+    # -- calls that are written and answered elsewhere: see `cluster.transport.exchange` -----------------------------
+
+    def wake(self) -> None:
+        """A call is about to be sent: the group need not sleep until it is. Never waits or raises."""
+        with contextlib.suppress(OSError):
+            self._socket.send(WAKE, socket.MSG_DONTWAIT)
+
+    def enter(self) -> bool:
+        """Whether the calling thread may send and read by itself now, until it calls `leave`."""
+        if self.broken is not None or not self._reader.acquire(blocking=False):
+            return False
+        if self.broken is not None:
+            self._reader.release()
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Somebody else may read."""
+        self._reader.release()
+        self._wake_followers()
+
+    @property
+    def has_orders(self) -> bool:
+        """Orders wait for a call."""
+        return bool(self._orders)
+
+    def orders_for(self, call: LayerCall) -> bytes:
+        """Frames that go in front of this call, which are forgotten with that."""
+        return self._orders.take(call)
+
+    @property
+    def frame(self) -> memoryview:
+        """What whoever entered has read last."""
+        return self._view
+
+    def adopt(self, call: LayerCall, slot: Slot, num_rows: int, sent_s: float) -> PendingReply:
+        """A call that was sent from a seat is one of this link's from now on, and so is the seat's memory."""
+        pending = _PumpedReply(self, call, slot, slot.answered_with(num_rows))
+        pending.sent_s = sent_s
+        self._waiting[call.call_id] = pending
+        if self.broken is not None:
+            self._waiting.pop(call.call_id, None)
+            pending.fail(LinkBroken(str(self.broken)))
+        return pending
+
+    def take(self, size: int, began_s: float) -> None:
+        """Delivers so many bytes that whoever entered has read into the seat's buffer."""
+        self._deliver(self._view[:size], began_s)
+
+    def send_late(self, pending: PendingReply, slot: Slot, frame: bytes, deadline: Deadline) -> None:
+        """Sends the header of a call that was adopted; the socket did not take it at once."""
+        try:
+            self._send(frame, deadline)
+        except DeadlineExceeded as exc:
+            if self._waiting.pop(pending.call.call_id, None) is not None:
+                slot.give_back()  # of which the group has not been told
+            pending.fail(exc)
+
+    def ended(self, error: int) -> None:
+        """Whoever entered found the connection ended, with an error's number or 0."""
+        why = os.strerror(error) if error else "the group closed it"
+        self._break(LinkBroken(f"shared-memory link to group {self.group} broke: {why}"))
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -407,6 +407,7 @@ class ShmTransport:
             self._socket.close()
             self._reader.release()
         self._memory.close()
+        self.seats.close()
 
     def _break(self, error: ExpertMeshError) -> None:
         if self.broken is None:

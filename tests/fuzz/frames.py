@@ -12,12 +12,12 @@ from cluster.errors import MissingExperts, Overloaded
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.base import LayerReply, LayerRows
 from cluster.transport.codec import (
+    WAKE,
     Placement,
     encode_announced_call,
     encode_call,
     encode_cancel,
     encode_form,
-    encode_go,
     encode_ids,
     encode_order,
 )
@@ -75,21 +75,18 @@ ORDERS = st.builds(
     lambda layer, chances: encode_order(Order(3, layer, chances)), st.integers(0, 5), st.binary(max_size=20)
 )
 _FEW = st.integers(0, 6)
-SMALL = st.integers(1, 2**40).map(encode_cancel) | st.builds(encode_go, st.integers(1, 2**40), _FEW, _FEW)
+SMALL = st.integers(1, 2**40).map(encode_cancel) | st.just(WAKE)
 
 
 @st.composite
 def local_calls(draw: st.DrawFn, hidden: int, layers: int, memory_bytes: int) -> list[bytes]:
-    """What announces a call in shared memory, and the go that may follow: for as much as was announced, or another."""
+    """What announces a call in shared memory."""
     offset = st.integers(0, memory_bytes // 64).map(lambda number: 64 * number)
-    placement = draw(st.sampled_from([Placement.AHEAD, Placement.AHEAD, Placement.SHARED]))
     shape = draw(st.integers(0, 6)), draw(st.sampled_from([hidden, hidden, hidden, 1, 2**20]))
-    form = encode_form(torch.float32, shape, placement, draw(offset), draw(offset), draw(offset))
+    form = encode_form(torch.float32, shape, Placement.SHARED, draw(offset), draw(offset), draw(offset))
     number, pairs = draw(st.integers(1, 40)), draw(_FEW)
     call = LayerCall(number, 3, draw(st.integers(0, layers)), 1, 1, draw(st.sampled_from(list(Priority))), 1000)
     frames = [draw(mutated(st.just(form + encode_ids(call, pairs))))]
-    if draw(st.booleans()):
-        frames.append(draw(mutated(st.builds(encode_go, st.sampled_from([number, number, 7]), _FEW, _FEW))))
     return frames + [encode_cancel(number)] * draw(st.integers(0, 1))
 
 

@@ -33,7 +33,7 @@ from cluster.experts.stream import RouterStream
 from cluster.rpc.v1 import control_pb2, links_pb2
 from cluster.rpc.v1 import inference_pb2 as pb
 from cluster.transport.base import LayerRows
-from cluster.transport.codec import PROTOCOL_VERSION, decode_call, decode_call_id, decode_go, decode_order, encode_call
+from cluster.transport.codec import PROTOCOL_VERSION, decode_call, decode_call_id, decode_order, encode_call
 from cluster.transport.handshake import decode_hello, decode_welcome, encode_hello
 from cluster.transport.mapped import SEALS
 from cluster.transport.replies import ReplyStatus, decode_reply_head, decode_times, raise_for_status, reply_rows
@@ -93,7 +93,7 @@ def test_handshakes(fuzz: Fuzz) -> None:
 
 def test_frames_of_routers(fuzz: Fuzz) -> None:
     def target(frame: bytes) -> None:
-        for decode in (decode_call, decode_order, decode_call_id, decode_go):
+        for decode in (decode_call, decode_order, decode_call_id):
             with contextlib.suppress(ExpertMeshError):
                 decode(frame)  # type: ignore[operator]
 

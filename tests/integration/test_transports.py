@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import signal
 import threading
 import time
@@ -17,7 +15,6 @@ import torch
 from cluster.core import Deadline, LayerCall, Priority
 from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, LinkBroken, LinkRefused, MissingExperts
 from cluster.transport.base import LayerRows, PendingReply, Transport
-from cluster.transport.shm import ShmTransport
 from tests.echo import (
     BLOCKED,
     FAILING,
@@ -107,50 +104,6 @@ def test_pairs_and_header_arrive_as_they_were_sent(link: Transport, group: EchoG
     link.submit(sent, given, soon()).wait(soon())
     assert [got for got, _ in seen] == [sent]
     assert (seen[0][1].pairs_3P == given.pairs_3P).all()
-
-
-def written(link: Transport, sent: LayerCall, given: LayerRows, spare: int = 0) -> LayerRows:
-    """``given`` in the link's own memory, where there is room for ``spare`` more rows and pairs."""
-    (tokens, hidden), pairs = given.hidden_TH.shape, given.pairs_3P.shape[1]
-    room = link.room(sent, tokens + spare, hidden, pairs + spare)
-    assert room is not None
-    ctypes.memmove(room.rows_at, given.hidden_TH.data_ptr(), given.hidden_TH.nbytes)
-    ctypes.memmove(room.pairs_at, given.pairs_3P.ctypes.data, given.pairs_3P.nbytes)
-    return room.rows(tokens, pairs)
-
-
-def test_rows_that_are_written_into_the_links_memory_come_back(group: EchoGroup) -> None:
-    link = connect("shm", group)
-    assert isinstance(link, ShmTransport)
-    for number, tokens in enumerate([1, 8, 3, 8, 64, 1] * 5, 1):
-        given, sent = rows(tokens, 48), call(number)
-        placed = written(link, sent, given, spare=number % 3)
-        assert torch.equal(placed.hidden_TH, given.hidden_TH)
-        assert (placed.pairs_3P == given.pairs_3P).all()
-        got = link.submit(sent, placed, soon()).wait(soon()).partial_TH
-        assert torch.equal(got, given.hidden_TH + 1)
-        del got
-        if number % 4 == 0:
-            room = link.room(call(1000 + number), 5, 48, 5)
-            assert room is not None
-            room.leave()
-            room.leave()  # once more does nothing
-    wait_until(lambda: not any(peer.calls or peer._ahead for peer in group.shm._peers))
-    gc.collect()
-    assert link._memory.num_taken() == 0
-    link.close()
-    assert link.room(call(5000), 1, 48, 1) is None
-
-
-def test_a_link_that_breaks_with_rows_in_its_memory_says_so_and_they_are_still_there(group: EchoGroup) -> None:
-    link, given, sent = connect("shm", group), rows(4), call(1)
-    placed = written(link, sent, given)
-    group.drop("shm")
-    wait_until(lambda: not link.healthy())
-    with pytest.raises(LinkBroken):
-        link.submit(sent, placed, soon())
-    assert torch.equal(placed.hidden_TH, given.hidden_TH), "another link can carry them"
-    link.close()
 
 
 def test_an_answer_that_is_kept_is_not_written_over(link: Transport) -> None:

@@ -41,9 +41,6 @@ class FakeLink:
     def __init__(self, group: int, world: World) -> None:
         self.group, self.world, self.closed = group, world, False
 
-    def room(self, *_: object) -> None:
-        return None
-
     def submit(self, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
         if self.closed or not self.healthy():
             raise LinkBroken(f"link {self.group} is down")

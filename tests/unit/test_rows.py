@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kernels.rows import add, can_add, can_divide, divide
+from cluster.kernels.rows import Owners, add, can_add, can_divide, divide, divide_into
+from cluster.routing.choice import LayerCopies
 from cluster.routing.split import add_rows, split
 
 
@@ -91,3 +92,39 @@ def test_large_ones_and_other_dtypes_go_the_other_way() -> None:
     total = torch.zeros(6, 8, dtype=torch.float64)
     add_rows(total, torch.tensor([1, 4]), torch.ones(2, 8, dtype=torch.float64))
     assert total.sum() == 16
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_of_two_copies_the_same_is_chosen_as_by_the_plain_loop(data: st.DataObject) -> None:
+    groups, experts, tokens = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 16)), data.draw(st.integers(1, 6))
+    holders = st.lists(st.integers(0, groups - 1), min_size=1, max_size=2, unique=True)
+    copies = LayerCopies([data.draw(holders) for _ in range(experts)])
+    each = data.draw(st.integers(1, experts))
+    index_TK = torch.stack([torch.randperm(experts)[:each] for _ in range(tokens)])
+    experts_P, rows_P = index_TK.reshape(-1).numpy(), np.repeat(np.arange(tokens), each)
+    owner_E = copies.choose(experts_P, True, {})
+    assert copies.second_E is not None
+    hidden_TH, weight_TK = torch.randn(tokens, 3), torch.rand(tokens, each)
+    memory = [
+        (torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, 3), np.zeros(3 * tokens * each, np.int32))
+        for _ in range(groups + 1)
+    ]
+    where = [at for index, rows, named in memory for at in (index.data_ptr(), rows.data_ptr(), named.ctypes.data)]
+    pairs_at = rows_P.ctypes.data, index_TK.data_ptr(), weight_TK.data_ptr()
+    shares = divide_into(Owners(copies.owner_E, copies.second_E), hidden_TH, pairs_at, len(rows_P), where)
+    for group in range(groups):
+        pairs, rows, names = shares[group + 1]
+        mine = experts_P[owner_E[experts_P] == group]
+        assert (pairs, names) == (len(mine), len(set(mine.tolist())))
+        assert rows == len({int(row) for row, e in zip(rows_P, experts_P, strict=True) if owner_E[e] == group})
+        assert memory[group + 1][2][pairs : 2 * pairs].tolist() == mine.tolist()
+    assert shares[0] == (0, 0, 0)
+
+
+def test_a_group_that_has_no_place_is_an_error_and_nothing_is_written_anywhere() -> None:
+    owner_E, index_TK, hidden_TH = np.array([0, 1]), torch.tensor([[1]]), torch.randn(1, 3)
+    rows_P, weight_TK = np.zeros(1, np.int64), torch.ones(1, 1)
+    pairs_at = rows_P.ctypes.data, index_TK.data_ptr(), weight_TK.data_ptr()
+    with pytest.raises(IndexError, match="pairs"):
+        divide_into(Owners(owner_E, None), hidden_TH, pairs_at, 1, [0] * 9)

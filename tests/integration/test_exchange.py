@@ -1,0 +1,357 @@
+"""Layers sent and answered by an exchange over real links: the same sums as call by call, whatever fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from cluster.core import Deadline, GroupInfo, LayerCall, Order, Priority
+from cluster.errors import ExpertMeshError, InternalError, MissingExperts, Overloaded
+from cluster.experts.host import ExpertHost
+from cluster.experts.identity import Identity
+from cluster.experts.shm_server import ShmServer
+from cluster.routing import exchange as exchanges
+from cluster.routing.step import StepContext
+from cluster.rpc.v1 import links_pb2
+from cluster.telemetry.ledger import Stage
+from cluster.transport.base import LayerRows, PendingReply
+from cluster.transport.shm import ShmTransport
+from tests.unit.test_dispatcher import World, batch, compute, wanted
+
+SOON = 10.0
+
+
+class Group:
+    """One that is reached over shared memory, in this process."""
+
+    def __init__(self, number: int, world: ShmWorld) -> None:
+        self.number, self.world = number, world
+        self.open, self.entered = threading.Event(), threading.Event()
+        self.open.set()
+        self.errors: list[ExpertMeshError] = []
+        self.orders: list[Order] = []
+        self.host = ExpertHost(self.compute, threads=1, on_order=self.orders.append)
+        self.server = ShmServer(Identity(number, "i", "f", "fp32", "s"), self.host)
+
+    def compute(self, layer: int, rows: LayerRows) -> torch.Tensor:
+        self.entered.set()
+        self.open.wait(SOON)
+        self.world.asked.append((self.number, layer, rows.pairs_3P.shape[1]))
+        if self.errors:
+            raise self.errors.pop()
+        return compute(rows)
+
+    def close(self) -> None:
+        self.open.set()
+        self.server.close()
+        self.host.close()
+
+
+class ShmWorld(World):
+    def __init__(self, num_groups: int, layers: int = 1, copies: int = 1) -> None:
+        self.groups: dict[int, Group] = {}
+        self.asked: list[tuple[int, int, int]] = []
+        """Group, layer and number of pairs of each call that was computed."""
+        super().__init__(num_groups, layers, copies)
+        for group in self.infos:
+            self.groups[group] = Group(group, self)
+            self.fabric.link(group)
+
+    def connect(self, info: GroupInfo) -> ShmTransport:  # type: ignore[override]
+        hello = links_pb2.Hello(fingerprint="f", dtype="fp32", secret="s")
+        return ShmTransport(info.group, self.groups[info.group].server.address, hello, Deadline.after(SOON))
+
+    def link(self, group: int) -> ShmTransport:
+        link = self.fabric.link(group)
+        assert isinstance(link, ShmTransport)
+        return link
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[LayerCall]:
+    """Calls that were sent one by one."""
+    calls: list[LayerCall] = []
+    submit = ShmTransport.submit
+
+    def counted(self: ShmTransport, call: LayerCall, rows: LayerRows, deadline: Deadline) -> PendingReply:
+        calls.append(call)
+        return submit(self, call, rows, deadline)
+
+    monkeypatch.setattr(ShmTransport, "submit", counted)
+    return calls
+
+
+@pytest.fixture
+def world_of() -> Iterator[Callable[..., ShmWorld]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(*args: int, **options: int) -> ShmWorld:
+            world = ShmWorld(*args, **options)
+            stack.callback(world.fabric.close)
+            for group in world.groups.values():
+                stack.callback(group.close)
+            return world
+
+        yield make
+
+
+Make = Callable[..., ShmWorld]
+
+
+def right(world: ShmWorld, dispatcher: Callable[..., torch.Tensor], step: StepContext, num_tokens: int) -> None:
+    for layer in range(world.layers):
+        given = batch(num_tokens)
+        assert torch.allclose(dispatcher(step, layer, *given), wanted(*given), atol=1e-5)
+
+
+@pytest.mark.parametrize("priority", [Priority.DECODE, Priority.PREFILL])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("num_groups", [1, 2, 5])
+def test_the_sum_is_right_and_each_group_is_asked_once(
+    num_groups: int, copies: int, priority: Priority, world_of: Make, submitted: list[LayerCall]
+) -> None:
+    world = world_of(num_groups, copies=min(copies, num_groups))
+    dispatcher = world.dispatcher()
+    for number in range(12):
+        given = batch(random.randint(1, 9))
+        world.asked.clear()
+        got = dispatcher(StepContext(number, priority), 0, *given)
+        assert torch.allclose(got, wanted(*given), atol=1e-5)
+        groups = [group for group, *_ in world.asked]
+        assert len(groups) == len(set(groups))
+        assert sum(pairs for *_, pairs in world.asked) == given[1].numel()
+    assert not submitted, "every layer was exchanged"
+
+
+def test_the_result_does_not_depend_on_who_answers_first(world_of: Make) -> None:
+    given, results = batch(9), []
+    for late in (0, 1, 2):
+        world = world_of(3)
+        world.groups[late].open.clear()
+        threading.Timer(0.05, world.groups[late].open.set).start()
+        results.append(world.dispatcher()(StepContext(1), 0, *given))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_group_without_pairs_hears_nothing(world_of: Make) -> None:
+    world, given = world_of(3), batch(2)
+    held = world.infos[1].holdings[0]
+    given[1][:] = torch.tensor(held[: given[1].shape[1]])
+    assert torch.allclose(world.dispatcher()(StepContext(1), 0, *given), wanted(*given), atol=1e-5)
+    assert {group for group, *_ in world.asked} == {1}
+
+
+@pytest.mark.parametrize("error", [MissingExperts(1, 0, [3]), Overloaded("much to do")])
+def test_what_a_group_refuses_is_sent_again(error: ExpertMeshError, world_of: Make) -> None:
+    world = world_of(2, copies=2)
+    dispatcher = world.dispatcher()
+    for _ in range(3):
+        world.groups[1].errors = [error]
+        right(world, dispatcher, StepContext(1), 8)
+    assert world.caller.resent_calls >= 3
+
+
+def test_a_group_that_cannot_compute_fails_the_layer_and_the_next_is_right(world_of: Make) -> None:
+    world = world_of(2)
+    dispatcher = world.dispatcher()
+    world.groups[0].errors = [InternalError("boom")]
+    with pytest.raises(InternalError, match="boom"):
+        dispatcher(StepContext(1), 0, *batch(8))
+    for number in range(5):
+        right(world, dispatcher, StepContext(number), 8)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_link_that_ends_in_the_middle_leaves_the_result_right(copies: int, world_of: Make) -> None:
+    world = world_of(2, copies=copies)
+    dispatcher = world.dispatcher(group_wait_s=SOON)
+    for _ in range(3):
+        group = world.groups[1]
+        group.entered.clear()
+        group.open.clear()
+
+        def cut(group: Group = group) -> None:
+            group.entered.wait(SOON)
+            group.server.drop_links()
+            group.open.set()
+
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        right(world, dispatcher, StepContext(1), 8)
+        cutter.join()
+        world.fabric.link(1)
+        world.fabric._suspects.clear()
+        world.fabric._copies, world.fabric.view = {}, object()
+    assert world.caller.resent_calls > 0
+
+
+def test_late_answers_do_not_touch_what_comes_after_them(world_of: Make, submitted: list[LayerCall]) -> None:
+    """The memory of a call that nobody waits for any more is its own until the group has answered."""
+    world = world_of(2, copies=2)
+    dispatcher = world.dispatcher(call_timeout_s=0.2)
+    right(world, dispatcher, StepContext(0), 8)
+    world.groups[1].open.clear()
+    right(world, dispatcher, StepContext(1), 8)
+    assert world.fabric.suspects() == [1]
+    assert submitted, "the other one was asked"
+    timer = threading.Timer(0.1, world.groups[1].open.set)
+    timer.start()
+    for number in range(200):
+        right(world, dispatcher, StepContext(number), 8)
+        time.sleep(0.001)
+    timer.join()
+    assert len(world.groups[1].server._peers) == 1, "the link is the same"
+
+
+def test_while_somebody_reads_calls_go_one_by_one(world_of: Make, submitted: list[LayerCall]) -> None:
+    world = world_of(2)
+    dispatcher = world.dispatcher()
+    right(world, dispatcher, StepContext(0), 4)
+    assert not submitted
+    assert world.link(1).enter()
+    threading.Timer(0.05, world.link(1).leave).start()
+    right(world, dispatcher, StepContext(1), 4)
+    assert len(submitted) == 2
+    right(world, dispatcher, StepContext(2), 4)
+    assert len(submitted) == 2
+
+
+def test_an_answer_to_somebody_else_reaches_them(world_of: Make) -> None:
+    world = world_of(2)
+    dispatcher = world.dispatcher()
+    for number in range(5):
+        hidden_TH, *_ = given = batch(3)
+        rows = LayerRows.of(hidden_TH[:1], [0], [world.infos[0].holdings[0][0]], 0.0)
+        probe = world.link(0).submit(LayerCall((1 << 62) + number, 0, 0, 0, 0), rows, Deadline.after(SOON))
+        assert torch.allclose(dispatcher(StepContext(1), 0, *given), wanted(*given), atol=1e-5)
+        assert torch.equal(probe.wait(Deadline.after(SOON)).partial_TH, torch.zeros(1, hidden_TH.shape[1]))
+
+
+def test_a_socket_that_takes_no_more_is_waited_for(world_of: Make) -> None:
+    world = world_of(2)
+    dispatcher, link, group = world.dispatcher(), world.link(1), world.groups[1]
+    right(world, dispatcher, StepContext(0), 4)
+    group.entered.clear()
+    group.open.clear()
+    rows = LayerRows.of(torch.zeros(1, 6), [0], [world.infos[1].holdings[0][0]], 0.0)
+    stuck = link.submit(LayerCall(1 << 62, 0, 0, 0, 0), rows, Deadline.after(SOON))
+    assert group.entered.wait(SOON)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            link._socket.send(b"\4" + bytes(8), 0x40)  # cancels call 0, of which nobody knows
+    threading.Timer(0.1, group.open.set).start()
+    right(world, dispatcher, StepContext(1), 4)
+    assert stuck.wait(Deadline.after(SOON)).partial_TH.shape == (1, 6)
+    right(world, dispatcher, StepContext(2), 4)
+
+
+def test_a_socket_that_never_takes_more_is_an_error_in_time(world_of: Make) -> None:
+    world = world_of(2, copies=2)
+    dispatcher, link, group = world.dispatcher(call_timeout_s=0.3), world.link(1), world.groups[1]
+    right(world, dispatcher, StepContext(0), 4)
+    group.entered.clear()
+    group.open.clear()
+    rows = LayerRows.of(torch.zeros(1, 6), [0], [world.infos[1].holdings[0][0]], 0.0)
+    link.submit(LayerCall(1 << 62, 0, 0, 0, 0), rows, Deadline.after(SOON))
+    assert group.entered.wait(SOON)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            link._socket.send(b"\4" + bytes(8), 0x40)
+    right(world, dispatcher, StepContext(1), 4)
+    assert world.fabric.suspects() == [1]
+
+
+def test_orders_go_in_front_of_the_call_or_alone(world_of: Make, submitted: list[LayerCall]) -> None:
+    world = world_of(2, layers=3)
+    dispatcher = world.dispatcher()
+    for number in range(1, 5):
+        for layer in range(3):
+            if layer < 2:
+                world.link(1).order(Order(number, layer + 1, bytes([layer, 7])))
+            given = batch(2)
+            if number % 2:  # group 1 is not called
+                held = world.infos[0].holdings[layer]
+                given[1][:] = torch.tensor(held[: given[1].shape[1]])
+            assert torch.allclose(dispatcher(StepContext(number), layer, *given), wanted(*given), atol=1e-5)
+            right_ones = [Order(number, at, bytes([at - 1, 7])) for at in range(1, min(layer + 2, 3))]
+            limit = Deadline.after(SOON)
+            while [order for order in world.groups[1].orders if order.step_id == number] != right_ones:
+                assert not limit.expired(), world.groups[1].orders
+                time.sleep(0.001)
+    assert not world.groups[0].orders
+    assert not submitted
+
+
+def test_a_choice_of_an_expert_that_does_not_exist_sends_nothing(world_of: Make) -> None:
+    world = world_of(2)
+    dispatcher, given = world.dispatcher(), batch(3)
+    given[1][1, 1] = 99
+    with pytest.raises(IndexError):
+        dispatcher(StepContext(1), 0, *given)
+    assert not world.asked
+    right(world, dispatcher, StepContext(2), 3)
+
+
+def test_without_memory_for_a_seat_calls_go_one_by_one(
+    world_of: Make, submitted: list[LayerCall], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(2)
+    monkeypatch.setattr(world.link(1).seats, "take", lambda *_: None)
+    right(world, world.dispatcher(), StepContext(1), 3)
+    assert len(submitted) == 2
+    assert world.link(0).seats.num_taken() == 0
+
+
+def test_work_of_the_router_that_fails_leaves_no_call_behind(world_of: Make) -> None:
+    world = world_of(2)
+    dispatcher = world.dispatcher()
+
+    def fails() -> None:
+        raise ValueError("boom")
+
+    for group in world.groups.values():
+        group.open.clear()
+    with pytest.raises(ValueError, match="boom"):
+        dispatcher(StepContext(1), 0, *batch(4), fails)
+    for group in world.groups.values():
+        assert group.entered.wait(SOON)
+        group.open.set()
+    for number in range(20):
+        right(world, dispatcher, StepContext(number), 4)
+    gc.collect()
+    assert world.link(0).seats.num_taken() == 1, "that of the new exchange, and not the old one's"
+    done = []
+    dispatcher(StepContext(1), 0, *batch(4), lambda: done.append(1))
+    assert done == [1]
+
+
+def test_memory_of_sizes_that_are_not_used_any_more_comes_back(world_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchanges, "MAX_KEPT", 2)
+    world = world_of(2)
+    dispatcher = world.dispatcher()
+    for num_tokens in (1, 2, 4, 8, 16, 32, 1, 2, 4, 8, 16, 32):
+        right(world, dispatcher, StepContext(1), num_tokens)
+        gc.collect()
+        assert world.link(0).seats.num_taken() <= 2
+    assert world.link(0)._memory.num_taken() == 0
+
+
+def test_times_and_calls_are_booked_by_the_end_of_a_step(world_of: Make, submitted: list[LayerCall]) -> None:
+    world = world_of(2, layers=3, copies=2)
+    dispatcher, step = world.dispatcher(), StepContext(1)
+    began_s = time.monotonic()
+    right(world, dispatcher, step, 8)
+    took_s = time.monotonic() - began_s
+    items = dict(step.ledger.items())
+    assert all(items[f"{stage.value}"] > 0 for stage in (Stage.DISPATCH, Stage.COMBINE, Stage.GROUP_COMPUTE)), items
+    assert sum(items.values()) <= took_s
+    assert world.caller.speeds.calls == len(world.asked) == 6
+    assert not submitted
