@@ -94,6 +94,8 @@ def _send_all(work: Any) -> None:
         told[1], told[2], told[3] = rows, pairs, found[FIRST + 2 * (G + 1) + group + 1]
         work[at + STATE] = IDLE
         told[0] = IDLE
+        for i in range(4, FOUND):
+            told[i] = 0.0
         if pairs == 0:
             continue
         words(header + SHAPE)[0] = rows

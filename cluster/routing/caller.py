@@ -40,6 +40,8 @@ RETRY_PAUSE_S = 0.05
 RETRIED = (Unavailable, MissingExperts, Overloaded, DeadlineExceeded)
 _TRIES = 3
 """Further tries without a pause where nobody is waited for."""
+_TOGETHER_S = 0.25
+"""Calls that were sent together are waited for one by one after so long."""
 _TURN_S = 0.002
 """A call that was sent twice is waited for in turns of this length."""
 
@@ -122,10 +124,11 @@ class Caller:
         return failing_s
 
     def patience_s(self, links: Sequence[Transport], decode: bool, num_rows: int) -> float:
-        """How long calls over these links are waited for before anybody looks at each of them."""
+        """How long calls over these links are waited for, and nobody else reads there, before anybody looks at each of
+        them."""
+        speeds, seconds = self.speeds, min(self.call_timeout_s, _TOGETHER_S)
         if not self.watches:
-            return self.call_timeout_s
-        speeds, seconds = self.speeds, self.call_timeout_s
+            return seconds
         for link in links:
             hedge_s = speeds.hedge_after_s(link.group, decode)
             seconds = min(seconds, speeds.lost_after_s(link.group, num_rows), seconds if hedge_s is None else hedge_s)
@@ -134,6 +137,8 @@ class Caller:
     def adopted(self, layer: int, parts: list[Part]) -> None:
         """These have been sent already."""
         for part in parts:
+            if part.pending is None:
+                continue
             self.speeds.sent()
             part.covered = self.watches and self._fabric.covered(layer, part.rows.pairs_3P[1], part.group)
 

@@ -47,12 +47,13 @@ class _Waits(NamedTuple):
 
 class _Owed(NamedTuple):
     """Answers to exchanged calls that have been added and not booked: over which links they came, what is told of each
-    (`Outcome`), when they were sent, and when the wait for them began."""
+    (`Outcome`), when they were sent, since when they were waited for, and since when somebody read."""
 
     waits: _Waits
     links: Sequence[Transport]
     told: list[list[float]]
     sent_s: float
+    from_s: float
     began_s: float
 
 
@@ -104,6 +105,7 @@ class Dispatcher:
             pairs = Pairs(rows_P, index_TK, weight_TK)
             computed = alone(self._fabric, caller, step, layer, local_TH, pairs, self._clock)
             if computed is not None:
+                self._settle()
                 self._counted(step, layer, index_TK)
                 self._book_alone(step, started_s, computed.seconds, meanwhile)
                 return computed.total_TH.to(hidden_TH.device)
@@ -115,46 +117,52 @@ class Dispatcher:
             failing_s = caller.send(step, layer, parts, step.priority, traceparent)
             # Groups in this process have computed in the meantime: that is theirs.
             inline_s = self._account_inline(step, layer, parts)
-        sent_s = now_s = self._clock()
-        step.ledger.add(Stage.DISPATCH, sent_s - started_s - inline_s - failing_s)
-        # While the groups compute: what need not be done before they do.
-        self._settle()
-        self._counted(step, layer, index_TK)
-        row_bytes = local_TH.shape[1] * (local_TH.itemsize + 4)
-        waits = _Waits(step, layer, decode, Deadline.after(caller.call_timeout_s, self._clock), row_bytes, [])
         try:
+            sent_s = now_s = self._clock()
+            step.ledger.add(Stage.DISPATCH, sent_s - started_s - inline_s - failing_s)
+            # While the groups compute: what need not be done before they do.
+            self._settle()
+            self._counted(step, layer, index_TK)
+            row_bytes = local_TH.shape[1] * (local_TH.itemsize + 4)
+            limit = Deadline.after(caller.call_timeout_s, self._clock)
+            waits = _Waits(step, layer, decode, limit, row_bytes, [])
             if meanwhile is not None:
                 meanwhile()
                 now_s = self._clock()
                 step.ledger.add(Stage.TRUNK, now_s - sent_s)
-            if sent is not None and sent.wait(caller.patience_s(sent.links, decode, num_tokens)):
-                combined_TH = self._added(waits, sent)
-            else:
-                if sent is not None:
-                    parts = sent.parts(waits.limit)
-                    caller.adopted(layer, parts)
-                # A group in this process gives what is nobody else's, and where it is the only one that is the sum.
-                only = bool(inline_s) and len(parts) == 1 and parts[0].row_index is None
-                shape = (0,) if only else local_TH.shape
-                combined_TH = torch.zeros(shape, dtype=torch.float32, device=hidden_TH.device)
-                combined_TH = self._combined(waits, parts, combined_TH, only, now_s)
-                if not inline_s:
-                    account(step.ledger, layer, waits.answers)
-        except ExpertMeshError:
-            account(step.ledger, layer, waits.answers)
-            raise
+            try:
+                if sent is not None and sent.wait(caller.patience_s(sent.links, decode, num_tokens)):
+                    combined_TH = self._added(waits, sent, now_s)
+                else:
+                    if sent is not None:
+                        parts = sent.parts()
+                        caller.adopted(layer, parts)
+                        unsent = [part for part in parts if part.pending is None]
+                        caller.send(step, layer, unsent, step.priority, traceparent)
+                    # A group in this process gives what is nobody else's, and where it is the only one that is the sum.
+                    only = bool(inline_s) and len(parts) == 1 and parts[0].row_index is None
+                    shape = (0,) if only else local_TH.shape
+                    combined_TH = torch.zeros(shape, dtype=torch.float32, device=hidden_TH.device)
+                    combined_TH = self._combined(waits, parts, combined_TH, only, now_s)
+                    if not inline_s:
+                        account(step.ledger, layer, waits.answers)
+            except ExpertMeshError:
+                account(step.ledger, layer, waits.answers)
+                raise
+            finally:
+                if times is not None and step.detail is not None:
+                    self._settle()
+                    step.detail.close(times, sent_s, waits.answers, self._clock())
         finally:
-            if times is not None and step.detail is not None:
-                self._settle()
-                step.detail.close(times, sent_s, waits.answers, self._clock())
             if sent is not None:
                 sent.end()
             cancel_unanswered(parts)
         return combined_TH
 
-    def _added(self, waits: _Waits, sent: Sent) -> torch.Tensor:
-        """The sum of answers that are there. Their times are booked while the next layer's groups compute."""
-        self._owed = _Owed(waits, sent.links, sent.exchange.answers(), sent.sent_s, sent.exchange.began_s)
+    def _added(self, waits: _Waits, sent: Sent, from_s: float) -> torch.Tensor:
+        """The sum of answers that are there and were waited for since ``from_s``. Their times are booked while the next
+        layer's groups compute."""
+        self._owed = _Owed(waits, sent.links, sent.exchange.answers(), sent.sent_s, from_s, sent.exchange.began_s)
         if waits.layer + 1 >= self._fabric.num_layers() or any(Outcome(*told).load_s > 0 for told in self._owed.told):
             self._settle(sent.exchange)
         return sent.total_TH
@@ -163,8 +171,8 @@ class Dispatcher:
         """Books the answers that have been added. ``exchange`` is theirs, if it has not been used again."""
         if self._owed is None:
             return
-        (waits, links, all_told, sent_s, began_s), self._owed = self._owed, None
-        step, from_s, combine_s, speeds = waits.step, began_s, 0.0, self._caller.speeds
+        (waits, links, all_told, sent_s, from_s, read_s), self._owed = self._owed, None
+        step, combine_s, speeds = waits.step, 0.0, self._caller.speeds
         for number, told in enumerate(all_told):
             outcome = Outcome(*told)
             if outcome.state == IDLE:
@@ -172,7 +180,7 @@ class Dispatcher:
             group, num_rows, compute_s = links[number].group, int(outcome.num_rows), outcome.compute_s
             speeds.sent()
             # Both clocks are one: an answer that lay in the socket before anybody read came when the group says.
-            answered_s = outcome.answered_s if sent_s <= outcome.answered_s < began_s else outcome.arrived_s
+            answered_s = outcome.answered_s if sent_s <= outcome.answered_s < read_s else outcome.arrived_s
             step.ledger.called(group, num_rows, num_rows * waits.row_bytes)
             if self._caller.watches:
                 trip_s = answered_s - sent_s
@@ -185,7 +193,7 @@ class Dispatcher:
             waits.answers.append(
                 Answer(group, answered_s, from_s, outcome.arrived_s, outcome.queue_s, compute_s, outcome.load_s)
             )
-            from_s = outcome.added_s
+            from_s = read_s = outcome.added_s
             combine_s += from_s - outcome.arrived_s
         step.ledger.add(Stage.COMBINE, combine_s)
         account(step.ledger, waits.layer, waits.answers)

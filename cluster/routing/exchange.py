@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from cluster.core import Deadline, GroupId, LayerCall, Priority
+from cluster.core import GroupId, LayerCall, Priority
 from cluster.kernels.rows import Owners, can_divide
 from cluster.routing.caller import Caller
 from cluster.routing.choice import LayerCopies
@@ -54,13 +54,14 @@ class Sent:
         self._well = self.exchange.wait(seconds)
         return self._well
 
-    def parts(self, within: Deadline) -> list[Part]:
-        """What was sent, in group order; some of it may have been answered. Only `end` may follow."""
+    def parts(self) -> list[Part]:
+        """What was sent, in group order; some of it may have been answered, and what a link did not take has no
+        ``pending``. Only `end` may follow."""
         parts = []
-        for left in self.exchange.left(self.call, within):
+        for left in self.exchange.left(self.call):
             link = self.links[left.number]
             part = Part(link.group, left.row_index, left.rows, link, left.pending, num_experts=left.num_experts)
-            part.call = self.call
+            part.call = None if left.pending is None else self.call
             parts.append(part)
         self.exchange.leave()  # whoever waits for them reads
         return parts
@@ -69,8 +70,9 @@ class Sent:
         """Nobody waits for it any more. A call that is still on its way is cancelled."""
         try:
             if not self._well and not self.exchange.spent:
-                for left in self.exchange.left(self.call, Deadline(0.0)):
-                    self.exchange.links[left.number].cancel(left.pending)
+                for left in self.exchange.left(self.call):
+                    if left.pending is not None:
+                        self.exchange.links[left.number].cancel(left.pending)
         finally:
             self.exchange.leave()
 
@@ -106,6 +108,7 @@ class Exchanges:
             or ready.view is not self._fabric.view
             or ready.num_tokens != num_tokens
             or ready.num_pairs != num_pairs
+            or (ready.exchange is not None and ready.exchange.spent)
         ):
             ready = self._ready[layer] = self._find(layer, hidden_TH, num_pairs)
         exchange = ready.exchange
@@ -121,7 +124,7 @@ class Exchanges:
         owners = ready.owners if decode else None
         if owners is None or (ready.copies.any_choice and self._caller.speeds.uneven()):
             owners = self._owners(ready.copies, index_TK, decode)
-        if exchange.spent or not exchange.enter():
+        if not exchange.enter():
             del self._ready[layer]
             return None
         try:
@@ -146,27 +149,30 @@ class Exchanges:
             link = self._fabric.up(group)
             carrier = link.carrier if isinstance(link, Link) else link
             if link is None or not isinstance(carrier, ShmTransport) or carrier.broken is not None:
-                self._kept.pop(copies.groups, None)
+                self._drop(copies.groups)
                 return none
             links.append(link)
             carriers.append(carrier)
         known, kept = self._kept.get(copies.groups, ([], {}))
         if known != carriers:
-            if len(self._kept) >= MAX_SETS:
-                self._kept.clear()
+            self._drop(copies.groups)
+            for groups in list(self._kept) if len(self._kept) >= MAX_SETS else ():
+                self._drop(groups)
             kept = {}
             self._kept[copies.groups] = carriers, kept
         num_experts = len(copies.owner_E)
         key = _up(num_tokens), width, _up(num_pairs), num_experts
         exchange = kept.get(key)
         if exchange is None or exchange.spent:
+            if len(kept) >= MAX_KEPT:
+                _give_back(kept)
             exchange = ShmExchange.over(carriers, *key)
+            if exchange is None:  # others have the memory: those that are used make theirs again
+                for _, others in self._kept.values():
+                    _give_back(others)
+                exchange = ShmExchange.over(carriers, *key)
             if exchange is None:
                 return none
-            if len(kept) >= MAX_KEPT:
-                for each in kept.values():
-                    each.give_back()
-                kept.clear()
             kept[key] = exchange
         owners = None
         if not copies.any_choice:
@@ -175,11 +181,21 @@ class Exchanges:
             owners = Owners(copies.owner_E, copies.second_E)
         return none._replace(exchange=exchange, links=tuple(links), owners=owners)
 
+    def _drop(self, groups: tuple[GroupId, ...]) -> None:
+        _, kept = self._kept.pop(groups, ([], {}))
+        _give_back(kept)
+
     def _owners(self, copies: LayerCopies, index_TK: torch.Tensor, decode: bool) -> Owners:
         """Whom to ask for each expert."""
         speeds = self._caller.speeds
         cost, handicaps = speeds.cost(), speeds.handicaps()
         return Owners(copies.choose(index_TK.reshape(-1).numpy(), decode, cost, handicaps), None)
+
+
+def _give_back(kept: dict[tuple[int, ...], ShmExchange]) -> None:
+    for each in kept.values():
+        each.give_back()
+    kept.clear()
 
 
 def _up(number: int) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from cluster.core import Deadline, LayerCall
+from cluster.core import LayerCall
 from cluster.kernels.exchange import BROKEN, FULL, GOOD, IDLE, OTHER, Exchange, Frames, Outcome, Seat
 from cluster.kernels.rows import Owners
 from cluster.transport.base import LayerRows, PendingReply
@@ -28,12 +28,13 @@ _GOOD_WORD_BYTES = 4
 
 class Left(NamedTuple):
     """A call of the link ``number`` that did not end well, or ended with others that did not: it is the link's now.
-    ``row_index`` are the rows that it was sent, None where it has all."""
+    ``row_index`` are the rows that it was sent, None where it has all. ``pending`` is None where the link took nothing;
+    the rows are nobody else's then."""
 
     number: int
     row_index: torch.Tensor | None
     rows: LayerRows
-    pending: PendingReply
+    pending: PendingReply | None
     num_experts: int
 
 
@@ -53,6 +54,7 @@ class ShmExchange:
     ) -> None:
         self.links, self._slots, self._exchange, self._headers, self._ids = links, slots, exchange, headers, ids
         self._before: list[bytes] = []
+        self._last: list[list[float]] = []
         self._num_rows = 0
         self._sent_s = 0.0
         self._entered = False
@@ -88,9 +90,10 @@ class ShmExchange:
         return cls(links, slots, Exchange(seats, num_rows, width, num_experts, frames), headers, ids)
 
     def wake(self) -> None:
-        """Groups may wake up: a call is about to be sent."""
-        for link in self.links:
-            link.wake()
+        """Groups may wake up: a call is about to be sent. Those that were not called the last time are not."""
+        for number, link in enumerate(self.links):
+            if not self._last or self._last[number][0] != IDLE:
+                link.wake()
 
     def enter(self) -> bool:
         """Whether all links can be used now: none is broken, and nobody reads."""
@@ -140,7 +143,8 @@ class ShmExchange:
 
     def answers(self) -> list[list[float]]:
         """The fields of an `Outcome` of each link."""
-        return self._exchange.outcomes()
+        self._last = self._exchange.outcomes()
+        return self._last
 
     def load_of(self, number: int) -> tuple[int, int]:
         """Bytes and expert of a load that a link's good answer says it waited for."""
@@ -162,27 +166,30 @@ class ShmExchange:
             if before and Outcome(*told).state == IDLE:
                 self.links[number].send_orders(before)
 
-    def left(self, call: LayerCall, within: Deadline) -> list[Left]:
+    def left(self, call: LayerCall) -> list[Left]:
         """Makes what was sent, and has not ended well as a whole, calls of the links."""
         self.spent = True
-        began_s, left = self._exchange.began_s, []
+        from_s, left = self._exchange.began_s, []
         for number, outcome in enumerate(Outcome(*told) for told in self.answers()):
             link, slot = self.links[number], self._slots[number]
             if outcome.state == IDLE:
                 slot.give_back()
                 continue
-            num_rows = int(outcome.num_rows)
-            pending = link.adopt(call, slot, num_rows, self._sent_s)
+            num_rows, pending = int(outcome.num_rows), None
+            rows = link.seats.rows(slot, num_rows, int(outcome.num_pairs))
+            if outcome.state == FULL:
+                rows = LayerRows(rows.hidden_TH.clone(), rows.pairs_3P.copy())
+                slot.give_back()
+            else:
+                pending = link.adopt(call, slot, num_rows, self._sent_s)
             if outcome.state in (GOOD, OTHER):
-                link.take(self._exchange.came(number), began_s)
+                link.take(self._exchange.came(number), from_s, outcome.arrived_s)
+                from_s = outcome.added_s if outcome.state == GOOD else outcome.arrived_s
             elif outcome.state == BROKEN:
                 link.ended(-self._exchange.came(number))
-            elif outcome.state == FULL:
-                link.send_late(pending, slot, bytes(self._headers[number][MAX_BYTES:]), within)
             index = None
             if num_rows != self._num_rows:
                 index = torch.from_numpy(self._exchange.numbers_GT[link.group, :num_rows].copy())
-            rows = link.seats.rows(slot, num_rows, int(outcome.num_pairs))
             left.append(Left(number, index, rows, pending, int(outcome.num_experts)))
         return left
 

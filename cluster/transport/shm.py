@@ -282,18 +282,9 @@ class ShmTransport:
             pending.fail(LinkBroken(str(self.broken)))
         return pending
 
-    def take(self, size: int, began_s: float) -> None:
-        """Delivers so many bytes that whoever entered has read into the seat's buffer."""
-        self._deliver(self._view[:size], began_s)
-
-    def send_late(self, pending: PendingReply, slot: Slot, frame: bytes, deadline: Deadline) -> None:
-        """Sends the header of a call that was adopted; the socket did not take it at once."""
-        try:
-            self._send(frame, deadline)
-        except DeadlineExceeded as exc:
-            if self._waiting.pop(pending.call.call_id, None) is not None:
-                slot.give_back()  # of which the group has not been told
-            pending.fail(exc)
+    def take(self, size: int, began_s: float, arrived_s: float) -> None:
+        """Delivers so many bytes that whoever entered has read into the seat's buffer, and when."""
+        self._deliver(self._view[:size], began_s, arrived_s)
 
     def ended(self, error: int) -> None:
         """Whoever entered found the connection ended, with an error's number or 0."""
@@ -351,7 +342,7 @@ class ShmTransport:
         self._deliver(self._view[:size], began_s)
         return True
 
-    def _deliver(self, frame: memoryview, began_s: float) -> None:
+    def _deliver(self, frame: memoryview, began_s: float, arrived_s: float | None = None) -> None:
         try:
             call_id, queue_s, compute_s, answered_s, load_s, load_bytes, expert = decode_times(frame)
         except InvalidArgument as exc:
@@ -366,7 +357,7 @@ class ShmTransport:
         if frame[: len(pending.answered.good)] == pending.answered.good:
             # Both clocks are one: an answer that lay in the socket before anybody read came when the group says.
             if not pending.sent_s <= answered_s < began_s:
-                answered_s = self.clock()
+                answered_s = self.clock() if arrived_s is None else arrived_s
             reply = LayerReply(partial_TH, queue_s, compute_s, load_s, expert, load_bytes)
             pending.resolve(reply, answered_s)
         else:
