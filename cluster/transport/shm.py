@@ -54,7 +54,7 @@ _FP32 = np.dtype("<f4")
 MEMORY_BYTES = 1024**3
 """Address space of one link. Pages take memory once they are touched, and blocks are taken from the low end."""
 KEPT_BYTES = 32 * 1024**2
-"""What is above goes back to the system as soon as a link is idle."""
+"""What is above goes back to the system as soon as a link is idle, seats apart."""
 SEATS_SHARE = 64
 """The low end of so much is for seats: 16 MiB."""
 REUSED_BYTES = 512 * 1024
@@ -124,7 +124,8 @@ class ShmTransport:
         # Seats are kept for long, and apart: what is beside them is given back to the system when it is free.
         seats_end = memory_bytes // SEATS_SHARE
         self.seats = Seats(memory[:seats_end], NONCE_BYTES)
-        self._memory = LeasedMemory(memory, seats_end, KEPT_BYTES, self._trim)
+        self._kept = seats_end + KEPT_BYTES
+        self._memory = LeasedMemory(memory, seats_end, self._kept, self._trim)
         self._base, self.fd, self.frame_at = memory.ctypes.data, self._socket.fileno(), ctypes.addressof(self._frame)
         # Reading blocks in the kernel for a tick at most, which spares a call of poll; sending never blocks.
         self._socket.setblocking(True)
@@ -134,7 +135,7 @@ class ShmTransport:
 
     def _trim(self, high: int) -> None:
         with contextlib.suppress(OSError):  # not every kernel can; the memory then stays with the link
-            self._map.madvise(mmap.MADV_REMOVE, KEPT_BYTES, -(-high // mmap.PAGESIZE) * mmap.PAGESIZE - KEPT_BYTES)
+            self._map.madvise(mmap.MADV_REMOVE, self._kept, -(-high // mmap.PAGESIZE) * mmap.PAGESIZE - self._kept)
 
     # -- calls -----------------------------------------------------------------------------------------------------
 

@@ -235,6 +235,20 @@ def test_a_full_memory_is_waited_for_until_the_deadline(group: EchoGroup) -> Non
     link.close()
 
 
+def test_memory_of_a_prefill_is_kept_for_the_next(group: EchoGroup) -> None:
+    """28 MiB: to give them back and take them again takes five times as long as the call."""
+    link, trims = connect("shm", group), []
+    assert isinstance(link, ShmTransport)
+    link._memory._trim = trims.append
+    for number in range(1, 4):
+        link.submit(call(number), rows(512, 7168), soon()).wait(soon())
+        gc.collect()
+        assert link.healthy()
+    assert link._memory.num_taken() == 0
+    assert not trims
+    link.close()
+
+
 def test_memory_of_a_burst_goes_back_to_the_system(group: EchoGroup) -> None:
     link = connect("shm", group)
     assert isinstance(link, ShmTransport)
