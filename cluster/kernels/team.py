@@ -72,20 +72,16 @@ def alone(module: str, name: str = "run") -> Team:
 def kept_alone(module: str, name: str = "run") -> Kept:
     """The same, for numbers that are kept."""
     # It keeps the interpreter's lock, since to give it away and get it back takes as long.
-    call = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_address(module, name))
-
-    def run(work: Work) -> None:
-        work[-1] = 0
-        call(work)
-
-    return run
+    return _kept(ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_address(module, name)))
 
 
 @functools.cache
 def kept_waiting(module: str, name: str) -> Kept:
     """As `kept_alone`, of a function that waits: it gives the interpreter's lock away."""
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address(module, name))
+    return _kept(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address(module, name)))
 
+
+def _kept(call: Callable[[Work], object]) -> Kept:
     def run(work: Work) -> None:
         work[-1] = 0
         call(work)

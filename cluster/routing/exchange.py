@@ -38,7 +38,8 @@ class Chosen(NamedTuple):
 
 
 class Sent:
-    """A layer's calls on their way. `wait` once; then `answers` if it ended well, else `parts`; `end` in any case."""
+    """A layer's calls on their way. `wait` once; then ``exchange.answers`` if it ended well, else `parts`;
+    `end` in any case."""
 
     __slots__ = ("_well", "call", "exchange", "links", "sent_s", "total_TH")
 
