@@ -1,9 +1,15 @@
 """Loops that keep their sums in vector registers, for compiled functions to call; everything is an address or a number.
 
 A tile is four outputs by a few rows. With 1024 inputs four weights are 16 KiB in four streams, each shorter than what
-makes the hardware's prefetcher fetch ahead, so a tile asks for the next one's weights while it reads its own, and only
-into the second-level cache: into the first, they would displace the rows. On two Zen 4 cores the median of 1024 x 1024
-went from 174 to 156 µs (27 GB/s) at 1 row, from 232 to 171 at 8, from 307 to 223 at 16.
+makes the hardware's prefetcher fetch ahead. There are two remedies, and each was measured on one kind of machine:
+
+- With AVX-512 a tile asks for the next one's weights while it reads its own, and only into the second-level cache: into
+  the first, they would displace the rows. On two Zen 4 cores the median of 1024 x 1024 went from 174 to 156 µs (27
+  GB/s) at 1 row, from 232 to 171 at 8, from 307 to 223 at 16.
+- With AVX2 a tile's outputs lie a quarter of a piece of work apart, so that the next tile's weights go on where this
+  one's end and the streams become long. On two Zen 3 cores, in turns with fetching (four runs of each), the median of
+  1024 x 1024 went from 181-209 to 136-200 µs at 1 row and from 1,229-1,446 to 954-1,154 at 64; that of 2048 x 512,
+  whose streams were half as long, from 217-254 to 140-178 at 1 row.
 """
 
 from __future__ import annotations
@@ -31,6 +37,8 @@ def shape_for(features: dict[str, bool], machine: str) -> tuple[int, int]:
 LANES, ROWS = shape_for(dict(binding.get_host_cpu_features()), platform.machine())
 _FLOAT, _INT, _SMALL, _VECTOR = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
 _DOUBLE = ir.DoubleType()
+FETCHES = LANES != 8
+"""A tile of weights asks for the next one's, which lie behind it; otherwise they continue its own."""
 _REGISTERS = 16 if platform.machine() in ("x86_64", "AMD64") and LANES < 16 else 32
 _BYTE = ir.IntType(8).as_pointer()
 _LINE = 64
@@ -98,11 +106,45 @@ def _of_rows(generate: _Generate, width: int) -> Any:
     return tile
 
 
-def _dots(size: int, builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> None:
-    w, w_stride, x, x_stride, y, apart, n, ahead = arguments
+def _dots(builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> None:
+    w, w_stride, x, x_stride, y, y_stride, n, ahead = arguments
+    sums = _sums_of_products(4, True, builder, rows, outputs, w, w_stride, x, x_stride, n, ahead)
+    for number, places in enumerate(sums):
+        totals = _totals(builder, [builder.load(place) for place in places])
+        address = _at(builder, y, y_stride, number)
+        builder.store(totals, builder.inttoptr(address, totals.type.as_pointer()), align=4)
+
+
+def _dots_of_weights(size: int, builder: ir.IRBuilder, rows: int, outputs: int, *arguments: Any) -> None:
+    w, apart, x, x_stride, y, y_stride, n, ahead = arguments
+    w_stride = builder.mul(apart, builder.mul(n, _constant(size)))
+    sums = _sums_of_products(size, FETCHES, builder, rows, outputs, w, w_stride, x, x_stride, n, ahead)
+    for row, places in enumerate(sums):
+        totals = _totals(builder, [builder.load(place) for place in places])
+        address = _at(builder, y, y_stride, row)
+        for number in range(outputs):
+            place = _at(builder, address, builder.mul(apart, _constant(4)), number)
+            total = builder.extract_element(totals, ir.Constant(_SMALL, number))
+            builder.store(total, builder.inttoptr(place, _FLOAT.as_pointer()))
+
+
+def _sums_of_products(
+    size: int,
+    fetches: bool,
+    builder: ir.IRBuilder,
+    rows: int,
+    outputs: int,
+    w: Any,
+    w_stride: Any,
+    x: Any,
+    x_stride: Any,
+    n: Any,
+    ahead: Any,
+) -> list[list[Any]]:
+    """Of each row, for each output, a vector whose numbers' sum is the dot product."""
     weights = [_at(builder, w, w_stride, number) for number in range(outputs)]
     inputs = [_at(builder, x, x_stride, number) for number in range(rows)]
-    coming = [_at(builder, ahead, w_stride, number) for number in range(outputs)]
+    coming = [_at(builder, ahead, w_stride, number) for number in range(outputs)] if fetches else []
     fetch, flags = _fetching(builder)
     sums = _sums(builder, rows, outputs)
 
@@ -124,10 +166,7 @@ def _dots(size: int, builder: ir.IRBuilder, rows: int, outputs: int, *arguments:
     if together > 1:
         with cgutils.for_range(builder, vectors, start=builder.mul(lines, _constant(together))) as loop:
             add(loop.index)
-    for number, places in enumerate(sums):
-        totals = _totals(builder, [builder.load(place) for place in places])
-        address = _at(builder, y, apart, number)
-        builder.store(totals, builder.inttoptr(address, totals.type.as_pointer()), align=4)
+    return sums
 
 
 def _totals(builder: ir.IRBuilder, vectors: list[Any]) -> Any:
@@ -251,13 +290,16 @@ def _load_weights(builder: ir.IRBuilder, address: Any, size: int) -> Any:
     return builder.bitcast(builder.shl(builder.zext(loaded, wide), ir.Constant(wide, [16] * LANES)), _VECTOR)
 
 
-dots, dots_of_one = (_of_rows(functools.partial(_dots, 4), width) for width in (OUTPUTS, 1))
+dots, dots_of_one = (_of_rows(_dots, width) for width in (OUTPUTS, 1))
 """``(rows, w, w_stride, x, x_stride, y, y_stride, n, ahead)``: the dot products of each row at ``x`` with the next four
-weights (or one) at ``w``, n floats each, to ``y``: those of a row side by side. Meanwhile as many weights at ``ahead``
+vectors (or one) at ``w``, n floats each, to ``y``: those of a row side by side. Meanwhile as many vectors at ``ahead``
 are fetched. Strides are bytes; n is a multiple of LANES."""
-dots_of_halves = _of_rows(functools.partial(_dots, 2), OUTPUTS)
-dots_of_bytes = _of_rows(functools.partial(_dots, 1), OUTPUTS)
-"""The same with weights that are bf16, or whole numbers from -128 to 127."""
+dots_of_floats, dots_of_halves, dots_of_bytes = (
+    _of_rows(functools.partial(_dots_of_weights, size), OUTPUTS) for size in (4, 2, 1)
+)
+"""``(rows, w, apart, x, x_stride, y, y_stride, n, ahead)``: the same with four outputs of a weight, so many ``apart``
+in it as in ``y``, whose numbers are floats, bf16 or whole ones from -128 to 127. Only if `FETCHES`, those at ``ahead``
+are fetched."""
 
 mixes, mixes_of_one = _of_rows(_mixes, OUTPUTS), _of_rows(_mixes, 1)
 """``(rows, p, p_stride, v, v_stride, y, y_stride, n, ahead)``: adds to the next four vectors (or one) of each row at

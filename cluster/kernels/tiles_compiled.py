@@ -2,6 +2,7 @@
 
 A thread takes its next piece of work before it begins one, so that the last tile of a piece can fetch the first weights
 of the next: otherwise what it fetches is as often as not another thread's, and its own next weights are not there.
+Where nothing is fetched (`cluster.kernels.registers`), a tile's outputs are spread over its piece.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from typing import Any
 from numba import njit
 
 from cluster.kernels.compiling import compiled
-from cluster.kernels.registers import OUTPUTS, ROWS, dots, dots_of_bytes, dots_of_halves, floats, next_piece
+from cluster.kernels.registers import (
+    FETCHES,
+    OUTPUTS,
+    ROWS,
+    dots_of_bytes,
+    dots_of_floats,
+    dots_of_halves,
+    floats,
+    next_piece,
+)
 from cluster.kernels.tiles import HEADER, PIECE
 
 _BLOCK = 96 * 1024
@@ -44,19 +54,22 @@ def multiply(
     number of it, and times the output's own number at ``scales``, if that is not 0. ``after`` is where the next ones
     are read."""
     row_bytes, block = K * size, max(1, _BLOCK // (K * ROWS)) * ROWS
+    tiles = (last - first) // OUTPUTS
+    apart, step = (1, OUTPUTS) if FETCHES else (tiles, 1)
     for begin in range(low, high, block):
         end = min(begin + block, high)
-        for n in range(first, last, OUTPUTS):
+        for tile in range(tiles):
+            n = first + tile * step
             here = w + n * row_bytes
-            ahead = here + OUTPUTS * row_bytes if n + OUTPUTS < last else after
+            ahead = here + step * row_bytes if tile + 1 < tiles else after
             for row in range(begin, end, ROWS):
                 rows, start, to = min(ROWS, end - row), x + row * x_row, y + (row * N + n) * 4
                 if size == 4:
-                    dots(rows, here, row_bytes, start, x_row, to, N * 4, K, ahead)
+                    dots_of_floats(rows, here, apart, start, x_row, to, N * 4, K, ahead)
                 elif size == 2:
-                    dots_of_halves(rows, here, row_bytes, start, x_row, to, N * 4, K, ahead)
+                    dots_of_halves(rows, here, apart, start, x_row, to, N * 4, K, ahead)
                 else:
-                    dots_of_bytes(rows, here, row_bytes, start, x_row, to, N * 4, K, ahead)
+                    dots_of_bytes(rows, here, apart, start, x_row, to, N * 4, K, ahead)
     if scales != 0:
         for row in range(low, high):
             _scale(floats(y + (row * N + first) * 4), floats(scales + first * 4), last - first)
