@@ -2,7 +2,7 @@
 
 torch's own attention on CPUs is made for many queries: for one token it takes far longer than reading the history, and
 it wants one call a sequence. Here all sequences are one call, divided among threads by sequence and head; the heads
-that share a key are rows of one product (`cluster.kernels.registers`), so a history is read once.
+that share a key are rows of one product (`cluster.kernels.dots`), so a history is read once.
 
 Softmax over paged blocks: W. Kwon et al., Efficient Memory Management for Large Language Model Serving with
 PagedAttention, SOSP 2023.

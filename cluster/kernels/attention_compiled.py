@@ -9,19 +9,9 @@ from numba import njit
 
 from cluster.kernels.attention import NUMBERS
 from cluster.kernels.compiling import compiled
+from cluster.kernels.dots import dots, dots_of_one, mixes, mixes_of_one
 from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
-from cluster.kernels.registers import (
-    LANES,
-    OUTPUTS,
-    ROWS,
-    dots,
-    dots_of_one,
-    floats,
-    longs,
-    mixes,
-    mixes_of_one,
-    next_piece,
-)
+from cluster.kernels.registers import LANES, OUTPUTS, ROWS, floats, longs, next_piece
 
 _AHEAD = 32
 """Tokens that are fetched ahead: a head's part of one is too short for the hardware's prefetcher. Of 8, 16 and 32 the

@@ -10,7 +10,8 @@ from numba import njit
 from cluster.kernels.attention_compiled import weigh
 from cluster.kernels.chunks import QUERIES, RUNS, WIDE
 from cluster.kernels.compiling import compiled
-from cluster.kernels.registers import LANES, ROWS, floats, mixes, mixes_of_one, next_piece
+from cluster.kernels.dots import mixes, mixes_of_one
+from cluster.kernels.registers import LANES, ROWS, floats, next_piece
 
 _ZERO = np.float32(0.0)
 _AHEAD = 8

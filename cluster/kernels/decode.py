@@ -17,7 +17,7 @@ import torch
 from cluster.kernels.attention import Histories
 from cluster.kernels.linear import FastLinear, FastNorm
 from cluster.kernels.team import Kept, Work, kept_alone, kept_team, work_of
-from cluster.kernels.tiles import HEADER, INPUTS, PIECE
+from cluster.kernels.tiles import HEADER, INPUTS, PIECE, panel_rows
 
 MOST_ROWS = 64
 _COMPILED, _FEW = "heads_compiled", 32 * 1024
@@ -101,8 +101,8 @@ class DecodeLayer:
         self._enter = self._norm_of(parts.before, 4 * (hidden + INPUTS), x.data_ptr())
         self._leave = self._norm_of(parts.after, 4 * hidden, 0)
         self._leave[2] = self._output.data_ptr()
-        self._project = _products(x, hidden, ((q, queries), (k, keys), (v, values)))
-        self._unite = _products(mixed, len(q), ((o, self._output),))
+        self._project = _Products("x", x, hidden, ((q, queries), (k, keys), (v, values)), self._buffers)
+        self._unite = _Products("mixed", mixed, len(q), ((o, self._output),), self._buffers)
         query_norm, key_norm = _norm_numbers(parts.query_norm), _norm_numbers(parts.key_norm)
         kept_row = 4 * len(k)
         self._turn = work_of(
@@ -157,13 +157,12 @@ class DecodeLayer:
             or at_T.dtype is not torch.int64
         ):
             raise ValueError(f"a layer of {self.hidden} and heads of {self.dim}: got {tuple(hidden.shape)}")
-        self._project[3] = self._unite[3] = rows
         few = rows * self.hidden <= _FEW
         normalise: Kept = self._few_rows if few else self._many_rows
         enter, leave, turn, mix = self._enter, self._leave, self._turn, self._mix
         enter[1], enter[7], enter[8] = hidden.data_ptr(), rows, rows if few else 1
         normalise(enter)
-        self._side_by_side(self._project)
+        self._side_by_side(self._project.of(rows))
         few_heads = rows * self._per_row <= _FEW
         turn[1], turn[2], turn[4], turn[5] = rows, rows if few_heads else 1, cos.data_ptr(), sin.data_ptr()
         turn[6], turn[21], turn[26] = at_T.data_ptr(), keys.data_ptr(), values.data_ptr()
@@ -171,7 +170,7 @@ class DecodeLayer:
         mix[2], mix[3], mix[6], mix[15] = keys.data_ptr(), values.data_ptr(), rows, histories.table_at
         mix[5] = self._buffers.scores_at(self._heads * histories.num_tokens)
         self._attend(mix)
-        self._side_by_side(self._unite)
+        self._side_by_side(self._unite.of(rows))
         if self._parts.output.bias is not None:
             self._output[:rows] += self._parts.output.bias
         residual, normed = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -205,9 +204,29 @@ def _norm_numbers(norm: FastNorm | None) -> tuple[int, int, int]:
     return (0, 0, 0) if norm is None else (norm.weight_at, norm.weight.numel(), norm.epsilon_at)
 
 
-def _products(x: torch.Tensor, inputs: int, each: Any) -> Work:
+class _Products:
     """Of the same rows with several weights; see `cluster.kernels.tiles.TiledWeights`."""
-    weights = [(weight.data_ptr(), to.data_ptr(), len(weight), -(-len(weight) // PIECE)) for weight, to in each]
-    total = sum(pieces for *_, pieces in weights)
-    numbers = [x.data_ptr(), inputs, 0, 4 * x.stride(0), total, *[0] * (HEADER - 6)]
-    return work_of([*numbers, *(number for weight in weights for number in weight)])
+
+    def __init__(self, name: str, x: torch.Tensor, inputs: int, each: Any, buffers: Buffers) -> None:
+        weights = [(weight.data_ptr(), to.data_ptr(), len(weight), -(-len(weight) // PIECE)) for weight, to in each]
+        total = sum(pieces for *_, pieces in weights)
+        numbers = [x.data_ptr(), inputs, 0, 4 * x.stride(0), total, *[0] * (HEADER - 6)]
+        self._work = work_of([*numbers, *(number for weight in weights for number in weight)])
+        self._panel, self._x_at = panel_rows(), x.data_ptr()
+        panels = buffers.rows(f"{name}, in panels", x.stride(0))
+        self._lay_out, self._panels_at = kept_alone("tiles_compiled", "lay_out"), panels.data_ptr()
+        self._begins = (ctypes.c_int64 * 2)()
+        row, begins_at = 4 * x.stride(0), ctypes.addressof(self._begins)
+        self._layout = work_of((self._x_at, row, 0, self._panels_at, row, inputs, self._panel, 1, 1, begins_at))
+
+    def of(self, rows: int) -> Work:
+        """The numbers of a call with so many rows, which are there."""
+        work = self._work
+        work[3] = rows
+        if 0 < self._panel <= rows:
+            self._begins[1] = rows
+            self._lay_out(self._layout)
+            work[1], work[6] = self._panels_at, 1
+        else:
+            work[1], work[6] = self._x_at, 0
+        return work

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster.kernels.team import Work, kept_alone, kept_team, team, work_of
-from cluster.kernels.tiles import DTYPES, HEADER, INPUTS, PIECE, can_tile, fits_scales
+from cluster.kernels.tiles import DTYPES, HEADER, INPUTS, PIECE, can_tile, fits_scales, panel_rows
 
 STATUS, NUM, SORTED = 0, 1, 2
 """Where a plan has its outcome, the number of slots that have rows, and the work of a product: its header, these slots,
@@ -50,10 +50,13 @@ class _Plan:
             (*(0, 0, 0, 0, T, P, slots, plan_at, rows_at, ends_at, places_at, pairs_of_at), ends_at + 8 * T)
             + (0, 0, self.x_row, H)
         )
-        self.gated = work_of((0, 0, 0, H, inner, 0, -(-inner // PIECE), self.x_row, 0, plan_at, 0, 0))
+        self.panels = panel_rows() if not (self.one or self.moves_few) else 0
+        in_panels = 1 if self.panels else 0
+        self.gated = work_of((0, 0, 0, H, inner, 0, -(-inner // PIECE), self.x_row, 0, plan_at, 0, 0, in_panels))
         self.product: Work = (ctypes.c_int64 * own).from_buffer(self.numbers.data, 8 * SORTED)
         self.product[0] = ctypes.addressof(self.product) + 8 * (own - 1)
         self.product[4], self.product[5], self.product[7], self.product[8] = inner, H, -(-H // PIECE), 4 * inner
+        self.product[11] = in_panels
         many = T if self.moves_few else max(1, _PER_PIECE * T // (H * P))
         self.combine = work_of((0, 0, H, T, 0, many, ends_at, places_at, pairs_of_at, 0))
 
@@ -115,12 +118,12 @@ class GatedExperts:
         self._up_at, self._down_at = up_SGH.data_ptr(), down_SHI.data_ptr()
         self._up_kind, self._down_kind = up.kind, down.kind
         self._num_slots, self._hidden, self._inner = down_SHI.shape
-        gather = team(_COMPILED, "gather")
+        lay_out = team("tiles_compiled", "lay_out")
         found = kept_team(_COMPILED, "gated"), kept_team("tiles_compiled"), kept_team(_COMPILED, "combine")
         steps = [step for step in found if step is not None]
-        assert gather is not None
+        assert lay_out is not None
         assert len(steps) == len(found)
-        self._gather = gather
+        self._lay_out = lay_out
         self._gated, self._product, self._combine = steps
         self._sort, self._combine_few = kept_alone(_COMPILED, "sort"), kept_alone(_COMPILED, "combine")
 
@@ -178,9 +181,11 @@ class GatedExperts:
         self._sort(sort)
         if plan.numbers[STATUS]:
             return None
-        if not (plan.one or plan.moves_few):
-            self._gather((plan.rows_at, num_pairs, hidden_at, x_at, plan.x_row, H, max(1, _PER_PIECE // H)))
         num = int(plan.numbers[NUM])
+        if not (plan.one or plan.moves_few):
+            many, in_panels = plan.panels or max(1, _PER_PIECE // H), 1 if plan.panels else 0
+            begins_at = plan.numbers.ctypes.data + 8 * (SORTED + HEADER + num)
+            self._lay_out((hidden_at, 4 * H, plan.rows_at, x_at, plan.x_row, H, many, in_panels, num, begins_at))
         gated[1], gated[2], gated[3], gated[6], gated[9] = x_at, self._up_at, gates_at, num, ups_at
         gated[11], gated[12] = self._up_kind
         self._gated(gated)

@@ -1,4 +1,4 @@
-"""What `cluster.kernels.experts` runs: sorting pairs by expert, gathering rows, the gated product, and the sum."""
+"""What `cluster.kernels.experts` runs: sorting pairs by expert, the gated product, and the sum."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from numba import njit
 from cluster.kernels.compiling import compiled
 from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, STATUS
 from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
+from cluster.kernels.panels import PANEL
 from cluster.kernels.registers import floats, longs, next_piece, words
 from cluster.kernels.tiles import HEADER, PIECE
-from cluster.kernels.tiles_compiled import multiply
+from cluster.kernels.tiles_compiled import multiply, multiply_panels
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _BLOCK_ROWS = 96
@@ -100,20 +101,10 @@ def _sort(work: Any) -> None:
             _copy(floats(work[15] + place * work[16]), floats(source), work[17])
 
 
-def _gather(work: Any) -> None:
-    row_of, P, hidden, x, x_row, H, many = longs(work[1]), work[2], work[3], work[4], work[5], work[6], work[7]
-    while True:
-        first = next_piece(work[0]) * many
-        if first >= P:
-            break
-        for place in range(first, min(first + many, P)):
-            _copy(floats(x + place * x_row), floats(hidden + row_of[place] * H * 4), H)
-
-
 def _gated(work: Any) -> None:
     x_at, w_at, h_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
     x_row, u_at, plan, total = work[8], work[9], longs(work[10]), work[6] * work[7]
-    size, scales_at = work[11], work[12]
+    size, scales_at, panels = work[11], work[12], work[13]
     piece = next_piece(work[0])
     while piece < total:
         coming = next_piece(work[0])
@@ -128,9 +119,18 @@ def _gated(work: Any) -> None:
             slot = plan[SORTED + HEADER + coming // pieces]
             after = w_at + (slot * 2 * N + coming % pieces * PIECE) * K * size
         start, end = plan[SORTED + HEADER + num + number], plan[SORTED + HEADER + num + number + 1]
-        for low in range(start, end, _BLOCK_ROWS):
+        then, between = ups + first * K * size, start
+        if panels != 0:
+            between += (end - start) // PANEL * PANEL
+        for low in range(start, between, _BLOCK_ROWS):
+            high = min(low + _BLOCK_ROWS, between)
+            multiply_panels(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, 0)
+            multiply_panels(x_at, x_row, low, high, ups, size, up_scales, first, last, u_at, N, K, 0)
+            for row in range(low, high, PANEL):
+                at = (row * N + first * PANEL) * 4
+                _gate(floats(h_at + at), floats(u_at + at), (last - first) * PANEL)
+        for low in range(between, end, _BLOCK_ROWS):
             high = min(low + _BLOCK_ROWS, end)
-            then = ups + first * K * size
             multiply(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, then)
             multiply(x_at, x_row, low, high, ups, size, up_scales, first, last, u_at, N, K, after)
             for row in range(low, high):
@@ -154,4 +154,4 @@ def _combine(work: Any) -> None:
                 _add_times(total, floats(y_at + place_of[at] * H * 4), weights[pair_of[at]], H)
 
 
-sort, gather, gated, combine = compiled(_sort), compiled(_gather), compiled(_gated), compiled(_combine)
+sort, gated, combine = compiled(_sort), compiled(_gated), compiled(_combine)

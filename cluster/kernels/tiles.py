@@ -2,7 +2,7 @@
 
 Decode reads every weight once for one to some sixteen rows, so memory should set the pace. A library call an expert
 costs more in calls than it reads in time, and a layout of its own doubles the memory. Here one compiled function goes
-through all experts of a call, a tile of outputs and rows in registers at a time (`cluster.kernels.registers`); each
+through all experts of a call, a tile of outputs and rows in registers at a time (`cluster.kernels.dots`); each
 thread takes the next piece of work when it is done with one.
 
 Tiling for registers: K. Goto and R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),
@@ -11,26 +11,41 @@ Tiling for registers: K. Goto and R. van de Geijn, Anatomy of High-Performance M
 
 from __future__ import annotations
 
+import array
+import functools
+import importlib
 import itertools
 from collections.abc import Sequence
 
 import torch
 
-from cluster.kernels.team import team
+from cluster.kernels.team import alone, team
 
 OUTPUTS, INPUTS = 4, 16
 """Outputs and inputs of a weight must be multiples of these."""
-PIECE = 32
-"""Outputs of one expert that a thread takes at a time: 128 KiB of weights with 1024 inputs."""
-HEADER = 11
+PIECE = 48
+"""Outputs of one expert that a thread takes at a time: 192 KiB of weights with 1024 inputs."""
+HEADER = 12
 """Numbers before the slots in what describes a call's work, the counter's address among them."""
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """Of weights; rows and results are fp32."""
 _COMPILED = "tiles_compiled"
+_FEW = 64 * 1024
+"""Floats that one thread lays out: a second one takes longer to begin."""
 _PAGE, _CLASHING = 4096, 4
 """Rows a multiple of so many bytes apart share the few places that a first-level cache has for their address: more of
 them than this are copied to other distances first. Two Zen 4 cores, 1024 x 1024: 108 -> 116 GFLOP/s at 8 rows, 152 ->
 167 at 16, 177 -> 199 at 64, 180 -> 203 at 1024."""
+
+
+@functools.cache
+def panel_rows() -> int:
+    """On this machine so many rows are best multiplied together, in another order of their numbers: see
+    `cluster.kernels.panels`. 0: they are not."""
+    if team(_COMPILED) is None:
+        return 0
+    panels = importlib.import_module("cluster.kernels.panels")
+    return panels.PANEL if panels.PANELS else 0
 
 
 def can_tile(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
@@ -103,9 +118,10 @@ class TiledWeights:
             raise ValueError(f"rows: got {tuple(x_RK.shape)} of {x_RK.dtype}; must be [R, {self._inputs}] of float32")
         run = team(_COMPILED, "side_by_side")
         assert run is not None
-        rows, x_RK = x_RK.shape[0], _apart(x_RK)
+        rows = x_RK.shape[0]
+        x_RK, panels = _laid_out(x_RK, (rows,))
         results = [torch.empty((rows, outputs), dtype=torch.float32) for _, outputs, _ in self._each]
-        work = [x_RK.data_ptr(), self._inputs, rows, 4 * x_RK.stride(0), self._pieces, *[0] * (HEADER - 6)]
+        work = [x_RK.data_ptr(), self._inputs, rows, 4 * x_RK.stride(0), self._pieces, panels, *[0] * (HEADER - 7)]
         for (at, outputs, pieces), result in zip(self._each, results, strict=True):
             work += (at, result.data_ptr(), outputs, pieces)
         run(work)
@@ -115,12 +131,24 @@ class TiledWeights:
 _FIRST = (0,)
 
 
-def _apart(x_PK: torch.Tensor) -> torch.Tensor:
-    """The same rows, with numbers side by side and rows where they do not clash."""
+def _laid_out(x_PK: torch.Tensor, ends: Sequence[int]) -> tuple[torch.Tensor, int]:
+    """The same rows, those of a weight up to each of ``ends``, where they do not clash; and 1 if in panels, as far as
+    they fill some."""
     rows, inputs = x_PK.shape
+    if x_PK.stride(1) != 1:
+        x_PK = x_PK.contiguous()
+    panel = panel_rows()
+    if panel and rows >= panel and any(end - begin >= panel for begin, end in itertools.pairwise((0, *ends))):
+        lay_out = alone(_COMPILED, "lay_out") if x_PK.numel() <= _FEW else team(_COMPILED, "lay_out")
+        assert lay_out is not None
+        found = torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs]
+        begins = array.array("q", (0, *ends))
+        x_at, to_at, x_row, to_row = x_PK.data_ptr(), found.data_ptr(), 4 * x_PK.stride(0), 4 * found.stride(0)
+        lay_out((x_at, x_row, 0, to_at, to_row, inputs, panel, 1, len(ends), begins.buffer_info()[0]))
+        return found, 1
     if rows > _CLASHING and 4 * inputs % _PAGE == 0:
-        return torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs].copy_(x_PK)
-    return x_PK if x_PK.stride(1) == 1 else x_PK.contiguous()
+        return torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs].copy_(x_PK), 0
+    return x_PK, 0
 
 
 def _run(
@@ -135,9 +163,9 @@ def _run(
     """``kind``: the bytes of a weight's number, and where scales are."""
     run = team(_COMPILED)
     assert run is not None
-    x_PK = _apart(x_PK)
+    x_PK, panels = _laid_out(x_PK, ends)
     result = torch.empty((x_PK.shape[0], outputs), dtype=torch.float32)
     pieces = -(-outputs // PIECE)
     header = (x_PK.data_ptr(), weights_at, result.data_ptr(), inputs, outputs, len(slots), pieces, 4 * x_PK.stride(0))
-    run((*header, *kind, *slots, 0, *ends))
+    run((*header, *kind, panels, *slots, 0, *ends))
     return result

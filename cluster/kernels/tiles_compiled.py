@@ -2,7 +2,7 @@
 
 A thread takes its next piece of work before it begins one, so that the last tile of a piece can fetch the first weights
 of the next: otherwise what it fetches is as often as not another thread's, and its own next weights are not there.
-Where nothing is fetched (`cluster.kernels.registers`), a tile's outputs are spread over its piece.
+Where nothing is fetched (`cluster.kernels.dots`), a tile's outputs are spread over its piece.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Any
 from numba import njit
 
 from cluster.kernels.compiling import compiled
-from cluster.kernels.registers import (
-    FETCHES,
-    OUTPUTS,
-    ROWS,
-    dots_of_bytes,
-    dots_of_floats,
-    dots_of_halves,
-    floats,
-    next_piece,
+from cluster.kernels.dots import FETCHES, dots_of_bytes, dots_of_floats, dots_of_halves
+from cluster.kernels.panels import (
+    MOST_PANELS,
+    PANEL,
+    PANEL_OUTPUTS,
+    into_panel,
+    on_stack,
+    out_of_panel,
+    panel_of_bytes,
+    panel_of_floats,
+    panel_of_halves,
 )
+from cluster.kernels.registers import LANES, OUTPUTS, ROWS, floats, longs, next_piece
 from cluster.kernels.tiles import HEADER, PIECE
 
 _BLOCK = 96 * 1024
@@ -32,6 +35,18 @@ _BLOCK = 96 * 1024
 def _scale(numbers: Any, factors: Any, n: int) -> None:
     for i in range(n):
         numbers[i] *= factors[i]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _scale_all(numbers: Any, factor: Any, n: int) -> None:
+    for i in range(n):
+        numbers[i] *= factor
+
+
+@njit  # type: ignore[untyped-decorator]
+def _copy(to: Any, source: Any, n: int) -> None:
+    for i in range(n):
+        to[i] = source[i]
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -75,9 +90,89 @@ def multiply(
             _scale(floats(y + (row * N + first) * 4), floats(scales + first * 4), last - first)
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def multiply_panels(
+    x: int,
+    x_row: int,
+    low: int,
+    high: int,
+    w: int,
+    size: int,
+    scales: int,
+    first: int,
+    last: int,
+    y: int,
+    N: int,
+    K: int,
+    results: int,
+) -> None:
+    """The same for rows that lie in panels (`cluster.kernels.panels`), each where its first row would begin. What
+    comes out are panels too; or, if ``results`` is room for those of a panel, rows."""
+    row_bytes, block = K * size, max(1, min(_BLOCK // (K * PANEL), MOST_PANELS)) * PANEL
+    whole = (last - first) // PANEL_OUTPUTS
+    rest = last - first - whole * PANEL_OUTPUTS
+    for begin in range(low, high, block):
+        end = min(begin + block, high)
+        to, to_row = y + (begin * N + first * PANEL) * 4, N * 4
+        if results != 0:
+            to, to_row = results, PIECE * 4
+        for tile in range(whole + (1 if rest else 0)):
+            outputs, apart, n = PANEL_OUTPUTS, whole, tile
+            if tile == whole:
+                outputs, apart, n = rest, 1, whole * PANEL_OUTPUTS
+            here = w + (first + n) * row_bytes
+            for row in range(begin, end, PANEL):
+                start, panel = x + row * x_row, to + (row - begin) * to_row + n * PANEL * 4
+                if size == 4:
+                    panel_of_floats(outputs, here, apart, start, panel, K)
+                elif size == 2:
+                    panel_of_halves(outputs, here, apart, start, panel, K)
+                else:
+                    panel_of_bytes(outputs, here, apart, start, panel, K)
+        for row in range(begin, end, PANEL):
+            panel = to + (row - begin) * to_row
+            if scales != 0:
+                for n in range(last - first):
+                    _scale_all(floats(panel + n * PANEL * 4), floats(scales)[first + n], PANEL)
+            if results != 0:
+                turned = (last - first) // LANES * LANES
+                out_of_panel(panel, turned, y + (row * N + first) * 4, N * 4)
+                for n in range(turned, last - first):
+                    for number in range(PANEL):
+                        floats(y + ((row + number) * N + first + n) * 4)[0] = floats(panel)[n * PANEL + number]
+
+
+def _lay_out(work: Any) -> None:
+    """Rows, in the order of slots, to where products read them: in panels as many of a slot's as fill some."""
+    x_at, x_row, row_of, to_at, to_row, K, many = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
+    panels, num, begins, rows = work[8], work[9], longs(work[10]), on_stack()
+    while True:
+        piece, number = next_piece(work[0]), 0
+        while number < num:
+            pieces = (begins[number + 1] - begins[number] + many - 1) // many
+            if piece < pieces:
+                break
+            piece -= pieces
+            number += 1
+        if number == num:
+            break
+        first = begins[number] + piece * many
+        last = min(first + many, begins[number + 1])
+        if panels == 0 or last - first < PANEL:
+            for place in range(first, last):
+                row = place if row_of == 0 else longs(row_of)[place]
+                _copy(floats(to_at + place * to_row), floats(x_at + row * x_row), K)
+            continue
+        for number in range(PANEL):
+            row = first + number if row_of == 0 else longs(row_of)[first + number]
+            longs(rows)[number] = x_at + row * x_row
+        into_panel(rows, K, to_at + first * to_row)
+
+
 def _pieces(work: Any) -> None:
     x_at, w_at, y_at, K, N, num, pieces = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
     x_row, size, scales_at, total = work[8], work[9], work[10], num * pieces
+    results = on_stack()
     piece = next_piece(work[0])
     while piece < total:
         coming = next_piece(work[0])
@@ -87,8 +182,12 @@ def _pieces(work: Any) -> None:
         after = expert
         if coming < total:
             after = w_at + (work[HEADER + coming // pieces] * N + coming % pieces * PIECE) * K * size
-        low, high = work[HEADER + num + number], work[HEADER + num + number + 1]
-        multiply(x_at, x_row, low, high, expert, size, scales, first, min(first + PIECE, N), y_at, N, K, after)
+        low, high, last = work[HEADER + num + number], work[HEADER + num + number + 1], min(first + PIECE, N)
+        if work[11] != 0:
+            between = low + (high - low) // PANEL * PANEL
+            multiply_panels(x_at, x_row, low, between, expert, size, scales, first, last, y_at, N, K, results)
+            low = between
+        multiply(x_at, x_row, low, high, expert, size, scales, first, last, y_at, N, K, after)
         piece = coming
 
 
@@ -103,7 +202,7 @@ def _weight_of(work: Any, piece: int) -> tuple[int, int]:
 
 
 def _side_by_side(work: Any) -> None:
-    x_at, K, rows, x_row, total = work[1], work[2], work[3], work[4], work[5]
+    x_at, K, rows, x_row, total, results = work[1], work[2], work[3], work[4], work[5], on_stack()
     piece = next_piece(work[0])
     while piece < total:
         coming = next_piece(work[0])
@@ -113,8 +212,12 @@ def _side_by_side(work: Any) -> None:
         if coming < total:
             at, number = _weight_of(work, coming)
             after = work[at] + number * PIECE * K * 4
-        multiply(x_at, x_row, 0, rows, weight, 4, 0, first, min(first + PIECE, N), y_at, N, K, after)
+        last, low = min(first + PIECE, N), 0
+        if work[6] != 0:
+            low = rows // PANEL * PANEL
+            multiply_panels(x_at, x_row, 0, low, weight, 4, 0, first, last, y_at, N, K, results)
+        multiply(x_at, x_row, low, rows, weight, 4, 0, first, last, y_at, N, K, after)
         piece = coming
 
 
-run, side_by_side = compiled(_pieces), compiled(_side_by_side)
+run, side_by_side, lay_out = compiled(_pieces), compiled(_side_by_side), compiled(_lay_out)

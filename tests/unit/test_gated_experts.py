@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.kernels import experts
 from cluster.kernels.experts import GatedExperts, Scratch, Weights
 from cluster.kernels.team import team
 from cluster.kernels.tiles import DTYPES, INPUTS
@@ -95,6 +96,32 @@ def test_any_pairs(slots: int, hidden: int, inner: int, tokens: int, pairs: int,
     added = case.run(SCRATCH, before.clone())
     assert added is not None
     assert torch.allclose(added, before + got, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(1, 5),
+    st.integers(2, 40),
+    st.integers(1, 250),
+    st.integers(1, 3),
+    st.sampled_from(DTYPES),
+)
+def test_pairs_whose_rows_are_laid_out(
+    slots: int, hidden: int, inner: int, tokens: int, pairs: int, threads: int, dtype: torch.dtype
+) -> None:
+    case = Case(slots, hidden * INPUTS, inner * INPUTS, tokens, pairs, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experts, "_SMALL", 0)  # as if there were more than one thread moves
+            got = case.run(Scratch())
+    finally:
+        torch.set_num_threads(before)
+    assert got is not None
+    assert torch.allclose(got, case.expected(), rtol=1e-4, atol=1e-5)
 
 
 def test_more_rows_than_one_thread_moves_and_more_than_a_cache_holds() -> None:

@@ -34,7 +34,7 @@ def check(slots: list[int], counts: list[int], outputs: int, inputs: int) -> Non
 @given(st.data())
 def test_any_experts_with_any_rows(data: st.DataObject) -> None:
     slots = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
-    counts = [data.draw(st.integers(0, 20)) for _ in slots]
+    counts = [data.draw(st.one_of(st.integers(0, 20), st.integers(0, 150))) for _ in slots]
     outputs, inputs = data.draw(st.integers(1, 3 * PIECE // OUTPUTS)), data.draw(st.integers(1, 9))
     before = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.integers(1, 4)))
@@ -45,7 +45,7 @@ def test_any_experts_with_any_rows(data: st.DataObject) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 20), st.integers(1, 3 * PIECE // OUTPUTS), st.integers(1, 21), st.sampled_from(DTYPES))
+@given(st.integers(1, 50), st.integers(1, 3 * PIECE // OUTPUTS), st.integers(1, 21), st.sampled_from(DTYPES))
 def test_weights_of_fewer_bytes_with_scales(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     shape = 3, outputs * OUTPUTS, inputs * INPUTS
     whole = torch.randint(-128, 128, shape, dtype=torch.int8)
@@ -82,13 +82,22 @@ def test_more_rows_than_a_cache_holds() -> None:
     check([3, 1], [MANY_ROWS, 5], 40, 512)
 
 
-def test_what_is_not_finite_stays_in_its_row() -> None:
-    weight_SNK, x_PK = torch.randn(1, 8, 32), torch.randn(7, 32)
-    x_PK[2, 5], x_PK[4, 0] = float("nan"), float("inf")
-    got = tiled_product(x_PK, weight_SNK, [0], [7])
-    assert got[2].isnan().all()
-    assert not got[4].isfinite().any()
-    assert got[[0, 1, 3, 5, 6]].isfinite().all()
+@pytest.mark.parametrize("rows", [7, 40])
+def test_what_is_not_finite_stays_in_its_row(rows: int) -> None:
+    weight_SNK, x_PK = torch.randn(1, 8, 32), torch.randn(rows, 32)
+    bad, worse = rows // 3, rows // 2 + 1
+    x_PK[bad, 5], x_PK[worse, 0] = float("nan"), float("inf")
+    got = tiled_product(x_PK, weight_SNK, [0], [rows])
+    assert got[bad].isnan().all()
+    assert not got[worse].isfinite().any()
+    assert got[[row for row in range(rows) if row not in (bad, worse)]].isfinite().all()
+
+
+def test_rows_that_do_not_lie_one_behind_the_other() -> None:
+    weight, wide = torch.randn(1, 12, 32), torch.randn(2, 50, 80)
+    for x_PK in (wide[0, :, 7:39], wide[:, 3].T.contiguous().T.expand(50, 2, 80)[:, 1, 20:52], wide[1, :32].T[:50]):
+        got = tiled_product(x_PK, weight, [0], [len(x_PK)])
+        assert torch.allclose(got, x_PK @ weight[0].T, atol=1e-4)
 
 
 def test_threads_side_by_side_do_not_disturb_each_other() -> None:
@@ -143,9 +152,9 @@ binding.get_host_cpu_features = lambda: wanted
 import torch
 from cluster.kernels import registers
 from cluster.kernels.tiles import tiled_product
-x, w = torch.randn(23, 96), torch.randn(3, 44, 96)
-got = tiled_product(x, w, (2, 0), (20, 3))
-wanted = torch.cat((x[:20] @ w[2].T, x[20:] @ w[0].T))
+x, w = torch.randn(63, 96), torch.randn(3, 44, 96)
+got = tiled_product(x, w, (2, 0), (40, 23))
+wanted = torch.cat((x[:40] @ w[2].T, x[40:] @ w[0].T))
 print(json.dumps([registers.LANES, registers.ROWS, float((got - wanted).abs().max())]))
 """
 
