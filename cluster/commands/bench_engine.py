@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.commands.bench import machine, numbers
 from cluster.commands.common import Json, emit, reporting, stdout, stopping
 from cluster.config import EMBEDDED_MODEL
+from cluster.errors import InvalidArgument
 
 PEERS_HOME = Path.home() / ".cache" / "expertmesh" / "peers"
 
@@ -32,6 +33,7 @@ def engine(
     prompt: Prompt = 128,
     new: New = 32,
     groups: Annotated[int, typer.Option(help="Expert groups in processes of their own; 0: in the router's.")] = 0,
+    copies: Annotated[int, typer.Option(help="Groups that hold each expert; as many times the memory.")] = 1,
     transport: Transport = "auto",
     expert_dtype: ExpertDtype = "auto",
     threads: Threads = 0,
@@ -48,9 +50,9 @@ def engine(
 
     load = compare.Load(numbers("--batch", batch), prompt, new, rounds, _seed(seed))
     name = compare.GROUPS if groups else compare.INPROC
-    engines = {name: _settings(model, groups, transport, expert_dtype, threads)}
+    engines = {name: _settings(model, groups, _copies(copies, groups), transport, expert_dtype, threads)}
     result = _measure(engines, [], model, load, threads, Path("."))
-    result |= {"groups": groups, "expert_dtype": expert_dtype, "results": result["rows"]}
+    result |= {"groups": groups, "copies": copies, "expert_dtype": expert_dtype, "results": result["rows"]}
     if as_json:
         emit(result)
     else:
@@ -64,6 +66,12 @@ def compare(
     prompt: Prompt = 128,
     new: New = 32,
     groups: Annotated[int, typer.Option(help="Groups of expertmesh-groups; 0 leaves it out.")] = 2,
+    copies: Annotated[
+        int | None,
+        typer.Option(
+            help="Groups that hold each expert; as many times the memory.", show_default="2, or 1 with one group"
+        ),
+    ] = None,
     transport: Transport = "auto",
     threads: Threads = 0,
     rounds: Rounds = 3,
@@ -79,14 +87,15 @@ def compare(
     from cluster.bench.peers.environments import prepare
 
     load = comparison.Load(numbers("--batch", batch), prompt, new, rounds, _seed(seed))
-    engines = {comparison.INPROC: _settings(model, 0, "auto", "auto", threads)}
+    engines = {comparison.INPROC: _settings(model, 0, 1, "auto", "auto", threads)}
+    each = _copies(min(2, max(1, groups)) if copies is None else copies, groups)
     if groups:
-        engines[comparison.GROUPS] = _settings(model, groups, transport, "auto", threads)
+        engines[comparison.GROUPS] = _settings(model, groups, each, transport, "auto", threads)
     names = [name.strip() for name in peers.split(",") if name.strip()]
     count = threads or _cores()
     with reporting() as progress:
         others = prepare(names, model, "fp32", count, home, progress)
-    result = _measure(engines, others, model, load, threads, home)
+    result = _measure(engines, others, model, load, threads, home) | {"groups": groups, "copies": each}
     if as_json:
         emit(result)
     else:
@@ -97,12 +106,19 @@ def _seed(seed: int | None) -> int:
     return secrets.randbits(31) if seed is None else seed
 
 
+def _copies(copies: int, groups: int) -> int:
+    if not 1 <= copies <= max(1, groups):
+        raise InvalidArgument("--copies", copies, f"must be from 1 to the number of groups, {max(1, groups)}")
+    return copies
+
+
 def _cores() -> int:
     return int(machine()["cores"])
 
 
-def _settings(model: Path, groups: int, transport: str, expert_dtype: str, threads: int) -> dict[str, Any]:
+def _settings(model: Path, groups: int, copies: int, transport: str, expert_dtype: str, threads: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"model": str(model.resolve()), "groups": groups, "dtype": "fp32", "threads": threads}
+    settings["copies"] = copies
     settings["expert_dtype"] = expert_dtype
     settings["data_plane"] = {"transport": transport, "secret": secrets.token_hex(16)}
     return settings

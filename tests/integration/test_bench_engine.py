@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cluster.bench.cold import measure as measure_cold
 from cluster.bench.compare import GROUPS, INPROC, Load, measure
 from cluster.bench.peers import environments
 from cluster.bench.peers.environments import prepare
+from cluster.commands import bench_engine
 from cluster.errors import InternalError, InvalidArgument
 from tests.conftest import MakeTiny
 from tests.door import Door
@@ -27,7 +29,7 @@ def settings(path: Path, groups: int) -> dict[str, object]:
 def test_our_engines_and_transformers_are_asked_in_turns_and_agree(tiny: MakeTiny, tmp_path: Path) -> None:
     path = tiny("qwen3_moe", seed=3)
     told: list[str] = []
-    engines = {INPROC: settings(path, 0), GROUPS: settings(path, 2)}
+    engines = {INPROC: settings(path, 0), GROUPS: settings(path, 2) | {"copies": 2}}
     peers = prepare(["transformers"], path, "fp32", 1, tmp_path, told.append)
     result = measure(engines, peers, str(path), "fp32", 1, Load([1, 3], 20, 24, 2, 11), 512, tmp_path, told.append)
     json.dumps(result, allow_nan=False)
@@ -66,6 +68,15 @@ def test_an_engine_that_cannot_start_is_an_error_and_not_a_figure(tmp_path: Path
 def test_loads_that_make_no_sense_are_refused(fields: tuple[list[int], int, int, int, int], name: str) -> None:
     with pytest.raises(InvalidArgument, match=name):
         Load(*fields)
+
+
+@pytest.mark.parametrize("command", [bench_engine.engine, bench_engine.compare])
+@pytest.mark.parametrize(("groups", "copies"), [(2, 3), (0, 2), (2, 0)])
+def test_more_copies_than_groups_are_refused_before_anything_is_loaded(
+    command: Callable[..., None], groups: int, copies: int
+) -> None:
+    with pytest.raises(InvalidArgument, match=f"--copies: got {copies}"):
+        command(groups=groups, copies=copies)
 
 
 def test_peers_are_known_by_name(tmp_path: Path) -> None:
