@@ -157,8 +157,9 @@ def _show(result: dict[str, Any]) -> None:
             shown = [_spread(row, key, 2) for key in ("prefill", "decode")]
             ratios.add_row(row["engine"], row["than"], str(row["batch"]), *shown)
         stdout.print(ratios)
-    where = result["machine"]
-    stdout.print(f"{where['cpu']}, {where['cores']} cores, Python {where['python']}", highlight=False)
+    where, groups = result["machine"], result["groups"]
+    held = f"; {groups} groups, each expert in {result['copies']}" if groups else ""
+    stdout.print(f"{where['cpu']}, {where['cores']} cores, Python {where['python']}{held}", highlight=False)
 
 
 def _spread(row: dict[str, Any], key: str, digits: int) -> str:

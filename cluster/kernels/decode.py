@@ -1,5 +1,5 @@
-"""A decoder layer up to its experts, for sequences that have one token each, on CPUs: six compiled calls, with numbers
-that are kept from step to step.
+"""A decoder layer up to its experts, for sequences that have one token each, on CPUs: six compiled calls, two more
+where rows of many sequences are laid out for products, with numbers that are kept from step to step.
 
 Written out as a model's modules, this part of a layer is some thirty calls of torch and many more of Python, which take
 longer than reading its weights. Here are the same kernels that stand in for the modules one by one (norm, products,
@@ -17,7 +17,7 @@ import torch
 from cluster.kernels.attention import Histories
 from cluster.kernels.linear import FastLinear, FastNorm
 from cluster.kernels.team import Kept, Work, kept_alone, kept_team, work_of
-from cluster.kernels.tiles import HEADER, INPUTS, PIECE, panel_rows
+from cluster.kernels.tiles import FEW, HEADER, INPUTS, PIECE, panel_rows
 
 MOST_ROWS = 64
 _COMPILED, _FEW = "heads_compiled", 32 * 1024
@@ -214,10 +214,13 @@ class _Products:
         self._work = work_of([*numbers, *(number for weight in weights for number in weight)])
         self._panel, self._x_at = panel_rows(), x.data_ptr()
         panels = buffers.rows(f"{name}, in panels", x.stride(0))
-        self._lay_out, self._panels_at = kept_alone("tiles_compiled", "lay_out"), panels.data_ptr()
+        many = kept_team("tiles_compiled", "lay_out")
+        assert many is not None
+        self._lay_out, self._lay_out_many, self._inputs = kept_alone("tiles_compiled", "lay_out"), many, inputs
+        self._panels_at = panels.data_ptr()
         self._begins = (ctypes.c_int64 * 2)()
         row, begins_at = 4 * x.stride(0), ctypes.addressof(self._begins)
-        self._layout = work_of((self._x_at, row, 0, self._panels_at, row, inputs, self._panel, 1, 1, begins_at))
+        self._layout = work_of((self._x_at, row, 0, self._panels_at, row, inputs, self._panel, 1, begins_at, 1))
 
     def of(self, rows: int) -> Work:
         """The numbers of a call with so many rows, which are there."""
@@ -225,7 +228,7 @@ class _Products:
         work[3] = rows
         if 0 < self._panel <= rows:
             self._begins[1] = rows
-            self._lay_out(self._layout)
+            (self._lay_out if rows * self._inputs <= FEW else self._lay_out_many)(self._layout)
             work[1], work[6] = self._panels_at, 1
         else:
             work[1], work[6] = self._x_at, 0

@@ -1,4 +1,5 @@
-"""One layer's experts with SiLU gates in four compiled steps: sort, gated product, product, sum.
+"""One layer's experts with SiLU gates in four compiled steps: sort, gated product, product, sum. Rows of many pairs are
+laid out before the products.
 
 Between two products of a decoding step lies a handful of rows. What numpy and torch need to sort, gather, gate and add
 them costs more in calls than the work takes, the more so as the weights that stream through the caches displace all
@@ -26,7 +27,7 @@ _COMPILED = "experts_compiled"
 _SMALL = 64 * 1024
 """Floats of all pairs' rows up to which one thread moves them: a second one takes longer to begin."""
 _PER_PIECE = 32 * 1024
-"""Floats that a thread moves at a time otherwise."""
+"""Floats that a thread moves at a time otherwise, if not a panel of rows."""
 _KEPT_BYTES = 128 * 1024**2
 _PLANS = 512
 """Kept at most; a few KiB each."""
@@ -183,9 +184,11 @@ class GatedExperts:
             return None
         num = int(plan.numbers[NUM])
         if not (plan.one or plan.moves_few):
-            many, in_panels = plan.panels or max(1, _PER_PIECE // H), 1 if plan.panels else 0
+            many = plan.panels or max(1, _PER_PIECE // H)
             begins_at = plan.numbers.ctypes.data + 8 * (SORTED + HEADER + num)
-            self._lay_out((hidden_at, 4 * H, plan.rows_at, x_at, plan.x_row, H, many, in_panels, num, begins_at))
+            self._lay_out(
+                (hidden_at, 4 * H, plan.rows_at, x_at, plan.x_row, H, many, num, begins_at, 1 if plan.panels else 0)
+            )
         gated[1], gated[2], gated[3], gated[6], gated[9] = x_at, self._up_at, gates_at, num, ups_at
         gated[11], gated[12] = self._up_kind
         self._gated(gated)

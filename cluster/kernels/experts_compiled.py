@@ -10,14 +10,14 @@ from numba import njit
 from cluster.kernels.compiling import compiled
 from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, STATUS
 from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
-from cluster.kernels.panels import PANEL
-from cluster.kernels.registers import floats, longs, next_piece, words
+from cluster.kernels.registers import PANEL, PANELS, floats, longs, next_piece, words
 from cluster.kernels.tiles import HEADER, PIECE
 from cluster.kernels.tiles_compiled import multiply, multiply_panels
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _BLOCK_ROWS = 96
 """Rows whose gates are still in a cache when they are applied."""
+assert _BLOCK_ROWS % PANEL == 0
 
 
 @njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
@@ -120,15 +120,16 @@ def _gated(work: Any) -> None:
             after = w_at + (slot * 2 * N + coming % pieces * PIECE) * K * size
         start, end = plan[SORTED + HEADER + num + number], plan[SORTED + HEADER + num + number + 1]
         then, between = ups + first * K * size, start
-        if panels != 0:
-            between += (end - start) // PANEL * PANEL
-        for low in range(start, between, _BLOCK_ROWS):
-            high = min(low + _BLOCK_ROWS, between)
-            multiply_panels(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, 0)
-            multiply_panels(x_at, x_row, low, high, ups, size, up_scales, first, last, u_at, N, K, 0)
-            for row in range(low, high, PANEL):
-                at = (row * N + first * PANEL) * 4
-                _gate(floats(h_at + at), floats(u_at + at), (last - first) * PANEL)
+        if PANELS:
+            if panels != 0:
+                between += (end - start) // PANEL * PANEL
+            for low in range(start, between, _BLOCK_ROWS):
+                high = min(low + _BLOCK_ROWS, between)
+                multiply_panels(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, 0)
+                multiply_panels(x_at, x_row, low, high, ups, size, up_scales, first, last, u_at, N, K, 0)
+                for row in range(low, high, PANEL):
+                    at = (row * N + first * PANEL) * 4
+                    _gate(floats(h_at + at), floats(u_at + at), (last - first) * PANEL)
         for low in range(between, end, _BLOCK_ROWS):
             high = min(low + _BLOCK_ROWS, end)
             multiply(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, then)

@@ -5,6 +5,8 @@ and nothing has to be added up across it. With AVX2, six outputs by two vectors 
 four by three rows do, and as many registers. On two Zen 3 cores, in turns with tiles (12 rounds of each, medians), a
 step of bench-700m with 512 tokens of four prompts went from 1,095 to 886 ms, its experts from 731 to 576 (137 GFLOP/s);
 one with 128 tokens, some 16 rows an expert, from 289 to 256. With other registers nothing was measured, and tiles stay.
+Each sum is one chain of additions here and eight in a tile; so what a row gives depends in its last bits on how many
+rows its weight gets, as it does on a library's products.
 
 Panels of both sides: K. Goto and R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),
 2008. Here only rows become panels; weights stay as the checkpoint lays them out.
@@ -24,6 +26,7 @@ from cluster.kernels.registers import (
     FLOAT,
     INT,
     LANES,
+    PANEL,
     Generate,
     add_products,
     at,
@@ -37,10 +40,12 @@ from cluster.kernels.registers import (
 )
 from cluster.kernels.tiles import PIECE
 
-PANELS, PANEL, PANEL_OUTPUTS = LANES == 8, 2 * LANES, 6
-"""Whether many rows are best multiplied in panels, how many rows are one, and by how many outputs at a time."""
-MOST_PANELS = 96 // PANEL
-"""Of results on the stack, for `cluster.kernels.tiles.PIECE` outputs."""
+_LINE = 64
+PANEL_OUTPUTS = 6
+"""By so many outputs, or two or four that are left, rows of a panel are multiplied at a time."""
+MOST_ROWS = 96
+"""Whose results there is room for on the stack, for a piece's outputs (`cluster.kernels.tiles.PIECE`)."""
+assert MOST_ROWS % PANEL == PIECE % 2 == 0
 
 
 def _in_panel(size: int, builder: ir.IRBuilder, outputs: int, *arguments: Any) -> None:
@@ -139,10 +144,12 @@ def out_of_panel(typing: Any, panel: Any, outputs: Any, y: Any, y_stride: Any) -
 
 @intrinsic  # type: ignore[untyped-decorator]
 def on_stack(typing: Any) -> Any:
-    """The address of room for `MOST_PANELS` of results, which is the calling function's own."""
+    """The address of room for results (`MOST_ROWS`) or for anything else, which is the calling function's own."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, _arguments: Any) -> Any:
-        place = cgutils.alloca_once(builder, ir.ArrayType(FLOAT, MOST_PANELS * PANEL * PIECE))
+        with builder.goto_entry_block():  # `cgutils.alloca_once` would clear it in every call
+            place = builder.alloca(ir.ArrayType(FLOAT, MOST_ROWS * PIECE))
+            place.align = _LINE
         return builder.ptrtoint(place, INT)
 
     return types.int64(), generate

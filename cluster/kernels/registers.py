@@ -26,6 +26,8 @@ def shape_for(features: dict[str, bool], machine: str) -> tuple[int, int]:
 LANES, ROWS = shape_for(dict(binding.get_host_cpu_features()), platform.machine())
 FLOAT, INT, SMALL, VECTOR = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
 _DOUBLE = ir.DoubleType()
+PANELS, PANEL = LANES == 8, 2 * LANES
+"""Whether many rows are best multiplied in panels, and how many rows are one: see `cluster.kernels.panels`."""
 REGISTERS = 16 if platform.machine() in ("x86_64", "AMD64") and LANES < 16 else 32
 Generate = Callable[..., None]
 """Makes code from a builder, numbers that are known and values."""

@@ -6,31 +6,32 @@ through all experts of a call, a tile of outputs and rows in registers at a time
 thread takes the next piece of work when it is done with one.
 
 Tiling for registers: K. Goto and R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),
-2008, for the case where one side is a few rows and nothing needs to be copied for caches.
+2008, for the case where one side is a few rows and nothing needs to be copied for caches. Where there are many for a
+weight, see `cluster.kernels.panels`.
 """
 
 from __future__ import annotations
 
 import array
 import functools
-import importlib
 import itertools
 from collections.abc import Sequence
 
 import torch
 
+from cluster.kernels.registers import PANEL, PANELS
 from cluster.kernels.team import alone, team
 
 OUTPUTS, INPUTS = 4, 16
 """Outputs and inputs of a weight must be multiples of these."""
-PIECE = 48
-"""Outputs of one expert that a thread takes at a time: 192 KiB of weights with 1024 inputs."""
+PIECE = 48 if PANELS else 32
+"""Outputs of one expert that a thread takes at a time: 192 or 128 KiB of weights with 1024 inputs."""
 HEADER = 12
 """Numbers before the slots in what describes a call's work, the counter's address among them."""
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """Of weights; rows and results are fp32."""
 _COMPILED = "tiles_compiled"
-_FEW = 64 * 1024
+FEW = 64 * 1024
 """Floats that one thread lays out: a second one takes longer to begin."""
 _PAGE, _CLASHING = 4096, 4
 """Rows a multiple of so many bytes apart share the few places that a first-level cache has for their address: more of
@@ -42,10 +43,7 @@ them than this are copied to other distances first. Two Zen 4 cores, 1024 x 1024
 def panel_rows() -> int:
     """On this machine so many rows are best multiplied together, in another order of their numbers: see
     `cluster.kernels.panels`. 0: they are not."""
-    if team(_COMPILED) is None:
-        return 0
-    panels = importlib.import_module("cluster.kernels.panels")
-    return panels.PANEL if panels.PANELS else 0
+    return PANEL if PANELS and team(_COMPILED) is not None else 0
 
 
 def can_tile(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
@@ -139,12 +137,12 @@ def _laid_out(x_PK: torch.Tensor, ends: Sequence[int]) -> tuple[torch.Tensor, in
         x_PK = x_PK.contiguous()
     panel = panel_rows()
     if panel and rows >= panel and any(end - begin >= panel for begin, end in itertools.pairwise((0, *ends))):
-        lay_out = alone(_COMPILED, "lay_out") if x_PK.numel() <= _FEW else team(_COMPILED, "lay_out")
+        lay_out = alone(_COMPILED, "lay_out") if x_PK.numel() <= FEW else team(_COMPILED, "lay_out")
         assert lay_out is not None
         found = torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs]
         begins = array.array("q", (0, *ends))
         x_at, to_at, x_row, to_row = x_PK.data_ptr(), found.data_ptr(), 4 * x_PK.stride(0), 4 * found.stride(0)
-        lay_out((x_at, x_row, 0, to_at, to_row, inputs, panel, 1, len(ends), begins.buffer_info()[0]))
+        lay_out((x_at, x_row, 0, to_at, to_row, inputs, panel, len(ends), begins.buffer_info()[0], 1))
         return found, 1
     if rows > _CLASHING and 4 * inputs % _PAGE == 0:
         return torch.empty((rows, inputs + INPUTS), dtype=torch.float32)[:, :inputs].copy_(x_PK), 0

@@ -14,8 +14,7 @@ from numba import njit
 from cluster.kernels.compiling import compiled
 from cluster.kernels.dots import FETCHES, dots_of_bytes, dots_of_floats, dots_of_halves
 from cluster.kernels.panels import (
-    MOST_PANELS,
-    PANEL,
+    MOST_ROWS,
     PANEL_OUTPUTS,
     into_panel,
     on_stack,
@@ -24,7 +23,7 @@ from cluster.kernels.panels import (
     panel_of_floats,
     panel_of_halves,
 )
-from cluster.kernels.registers import LANES, OUTPUTS, ROWS, floats, longs, next_piece
+from cluster.kernels.registers import LANES, OUTPUTS, PANEL, PANELS, ROWS, floats, longs, next_piece
 from cluster.kernels.tiles import HEADER, PIECE
 
 _BLOCK = 96 * 1024
@@ -108,7 +107,7 @@ def multiply_panels(
 ) -> None:
     """The same for rows that lie in panels (`cluster.kernels.panels`), each where its first row would begin. What
     comes out are panels too; or, if ``results`` is room for those of a panel, rows."""
-    row_bytes, block = K * size, max(1, min(_BLOCK // (K * PANEL), MOST_PANELS)) * PANEL
+    row_bytes, block = K * size, max(1, min(_BLOCK // K, MOST_ROWS) // PANEL) * PANEL
     whole = (last - first) // PANEL_OUTPUTS
     rest = last - first - whole * PANEL_OUTPUTS
     for begin in range(low, high, block):
@@ -143,30 +142,32 @@ def multiply_panels(
 
 
 def _lay_out(work: Any) -> None:
-    """Rows, in the order of slots, to where products read them: in panels as many of a slot's as fill some."""
+    """Rows, in the order of slots, to where products read them, ``many`` of a slot at a time: a panel where these are
+    as many as one has, and panels are wanted."""
     x_at, x_row, row_of, to_at, to_row, K, many = work[1], work[2], work[3], work[4], work[5], work[6], work[7]
-    panels, num, begins, rows = work[8], work[9], longs(work[10]), on_stack()
+    num, begins, panels, rows = work[8], longs(work[9]), work[10], on_stack()
+    number, before = 0, 0  # the slot of this thread's piece, whose numbers rise, and pieces of the slots in front of it
     while True:
-        piece, number = next_piece(work[0]), 0
+        piece = next_piece(work[0])
         while number < num:
             pieces = (begins[number + 1] - begins[number] + many - 1) // many
-            if piece < pieces:
+            if piece < before + pieces:
                 break
-            piece -= pieces
+            before += pieces
             number += 1
         if number == num:
             break
-        first = begins[number] + piece * many
+        first = begins[number] + (piece - before) * many
         last = min(first + many, begins[number + 1])
-        if panels == 0 or last - first < PANEL:
-            for place in range(first, last):
-                row = place if row_of == 0 else longs(row_of)[place]
-                _copy(floats(to_at + place * to_row), floats(x_at + row * x_row), K)
+        if PANELS and panels != 0 and last - first == PANEL:
+            for at in range(PANEL):
+                row = first + at if row_of == 0 else longs(row_of)[first + at]
+                longs(rows)[at] = x_at + row * x_row
+            into_panel(rows, K, to_at + first * to_row)
             continue
-        for number in range(PANEL):
-            row = first + number if row_of == 0 else longs(row_of)[first + number]
-            longs(rows)[number] = x_at + row * x_row
-        into_panel(rows, K, to_at + first * to_row)
+        for place in range(first, last):
+            row = place if row_of == 0 else longs(row_of)[place]
+            _copy(floats(to_at + place * to_row), floats(x_at + row * x_row), K)
 
 
 def _pieces(work: Any) -> None:
@@ -183,7 +184,7 @@ def _pieces(work: Any) -> None:
         if coming < total:
             after = w_at + (work[HEADER + coming // pieces] * N + coming % pieces * PIECE) * K * size
         low, high, last = work[HEADER + num + number], work[HEADER + num + number + 1], min(first + PIECE, N)
-        if work[11] != 0:
+        if PANELS and work[11] != 0:
             between = low + (high - low) // PANEL * PANEL
             multiply_panels(x_at, x_row, low, between, expert, size, scales, first, last, y_at, N, K, results)
             low = between
@@ -213,7 +214,7 @@ def _side_by_side(work: Any) -> None:
             at, number = _weight_of(work, coming)
             after = work[at] + number * PIECE * K * 4
         last, low = min(first + PIECE, N), 0
-        if work[6] != 0:
+        if PANELS and work[6] != 0:
             low = rows // PANEL * PANEL
             multiply_panels(x_at, x_row, 0, low, weight, 4, 0, first, last, y_at, N, K, results)
         multiply(x_at, x_row, low, rows, weight, 4, 0, first, last, y_at, N, K, after)

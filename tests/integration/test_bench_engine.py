@@ -79,6 +79,25 @@ def test_more_copies_than_groups_are_refused_before_anything_is_loaded(
         command(groups=groups, copies=copies)
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, 2), ({"groups": 1}, 1), ({"groups": 3, "copies": 1}, 1), ({"groups": 3, "copies": 3}, 3)],
+)
+def test_groups_of_compare_hold_as_many_copies_as_asked(
+    asked: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: dict[str, dict[str, object]] = {}
+
+    def measured(engines: dict[str, dict[str, object]], *_: object) -> dict[str, object]:
+        started.update(engines)
+        return {"rows": []}
+
+    monkeypatch.setattr(bench_engine, "_measure", measured)
+    bench_engine.compare(peers="", as_json=True, **asked)  # type: ignore[arg-type]
+    assert started[GROUPS]["copies"] == expected == json.loads(capsys.readouterr().out)["copies"]
+    assert started[INPROC]["copies"] == 1
+
+
 def test_peers_are_known_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"--peers: got 'tgi'.*vllm"):
         prepare(["tgi"], tmp_path, "fp32", 1, tmp_path, lambda _: None)
