@@ -51,13 +51,11 @@ class _Plan:
             (*(0, 0, 0, 0, T, P, slots, plan_at, rows_at, ends_at, places_at, pairs_of_at), ends_at + 8 * T)
             + (0, 0, self.x_row, H)
         )
-        self.panels = panel_rows() if not (self.one or self.moves_few) else 0
-        in_panels = 1 if self.panels else 0
-        self.gated = work_of((0, 0, 0, H, inner, 0, -(-inner // PIECE), self.x_row, 0, plan_at, 0, 0, in_panels))
+        self.gated = work_of((0, 0, 0, H, inner, 0, -(-inner // PIECE), self.x_row, 0, plan_at, 0, 0, 0))
         self.product: Work = (ctypes.c_int64 * own).from_buffer(self.numbers.data, 8 * SORTED)
         self.product[0] = ctypes.addressof(self.product) + 8 * (own - 1)
         self.product[4], self.product[5], self.product[7], self.product[8] = inner, H, -(-H // PIECE), 4 * inner
-        self.product[11] = in_panels
+        self.product[11] = 0
         many = T if self.moves_few else max(1, _PER_PIECE * T // (H * P))
         self.combine = work_of((0, 0, H, T, 0, many, ends_at, places_at, pairs_of_at, 0))
 
@@ -184,11 +182,10 @@ class GatedExperts:
             return None
         num = int(plan.numbers[NUM])
         if not (plan.one or plan.moves_few):
-            many = plan.panels or max(1, _PER_PIECE // H)
-            begins_at = plan.numbers.ctypes.data + 8 * (SORTED + HEADER + num)
-            self._lay_out(
-                (hidden_at, 4 * H, plan.rows_at, x_at, plan.x_row, H, many, num, begins_at, 1 if plan.panels else 0)
-            )
+            panel = panel_rows() if self._up_kind[0] == self._down_kind[0] == 4 else 0
+            gated[13] = product[11] = in_panels = 1 if panel else 0
+            many, begins_at = panel or max(1, _PER_PIECE // H), plan.numbers.ctypes.data + 8 * (SORTED + HEADER + num)
+            self._lay_out((hidden_at, 4 * H, plan.rows_at, x_at, plan.x_row, H, many, num, begins_at, in_panels))
         gated[1], gated[2], gated[3], gated[6], gated[9] = x_at, self._up_at, gates_at, num, ups_at
         gated[11], gated[12] = self._up_kind
         self._gated(gated)

@@ -125,8 +125,8 @@ def _gated(work: Any) -> None:
                 between += (end - start) // PANEL * PANEL
             for low in range(start, between, _BLOCK_ROWS):
                 high = min(low + _BLOCK_ROWS, between)
-                multiply_panels(x_at, x_row, low, high, gates, size, gate_scales, first, last, h_at, N, K, 0)
-                multiply_panels(x_at, x_row, low, high, ups, size, up_scales, first, last, u_at, N, K, 0)
+                multiply_panels(x_at, x_row, low, high, gates, gate_scales, first, last, h_at, N, K, 0)
+                multiply_panels(x_at, x_row, low, high, ups, up_scales, first, last, u_at, N, K, 0)
                 for row in range(low, high, PANEL):
                     at = (row * N + first * PANEL) * 4
                     _gate(floats(h_at + at), floats(u_at + at), (last - first) * PANEL)

@@ -4,7 +4,9 @@ In a panel the numbers of its rows for one input lie side by side, so that a vec
 and nothing has to be added up across it. With AVX2, six outputs by two vectors need fewer loads for their products than
 four by three rows do, and as many registers. On two Zen 3 cores, in turns with tiles (12 rounds of each, medians), a
 step of bench-700m with 512 tokens of four prompts went from 1,095 to 886 ms, its experts from 731 to 576 (137 GFLOP/s);
-one with 128 tokens, some 16 rows an expert, from 289 to 256. With other registers nothing was measured, and tiles stay.
+one with 128 tokens, some 16 rows an expert, from 289 to 256. With other registers nothing was measured, and tiles stay;
+so they do for weights in int8 and bf16, which a tile makes floats of eight at a time, and a panel one by one: that took
+1.3 to 1.4 times as long (1024 x 1024, 16 to 128 rows, in turns).
 Each sum is one chain of additions here and eight in a tile; so what a row gives depends in its last bits on how many
 rows its weight gets, as it does on a library's products.
 
@@ -14,7 +16,6 @@ Panels of both sides: K. Goto and R. van de Geijn, Anatomy of High-Performance M
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from llvmlite import ir
@@ -27,12 +28,10 @@ from cluster.kernels.registers import (
     INT,
     LANES,
     PANEL,
-    Generate,
     add_products,
     at,
     constant,
     load,
-    load_weights,
     shuffle,
     spread,
     store,
@@ -48,45 +47,23 @@ MOST_ROWS = 96
 assert MOST_ROWS % PANEL == PIECE % 2 == 0
 
 
-def _in_panel(size: int, builder: ir.IRBuilder, outputs: int, *arguments: Any) -> None:
+def _in_panel(builder: ir.IRBuilder, outputs: int, *arguments: Any) -> None:
     w, apart, x, y, n = arguments
-    w_stride = builder.mul(apart, builder.mul(n, constant(size)))
+    w_stride = builder.mul(apart, builder.mul(n, constant(4)))
     weights = [at(builder, w, w_stride, number) for number in range(outputs)]
     sums = zero_sums(builder, outputs, 2)
     with cgutils.for_range(builder, builder.udiv(n, constant(LANES))) as loop:
         inputs = builder.add(x, builder.mul(loop.index, constant(LANES * PANEL * 4)))
-        start = builder.mul(loop.index, constant(LANES * size))
+        start = builder.mul(loop.index, constant(LANES * 4))
         here = [builder.add(address, start) for address in weights]
-        loaded = [load_weights(builder, address, size) for address in here] if size < 4 else []
         for lane in range(LANES):
             rows = [load(builder, builder.add(inputs, constant(4 * (lane * PANEL + half)))) for half in (0, LANES)]
-            for number, places in enumerate(sums):
-                if loaded:
-                    factor = shuffle(builder, loaded[number], loaded[number], [lane] * LANES)
-                else:
-                    factor = spread(builder, builder.add(here[number], constant(4 * lane)))
-                add_products(builder, factor, rows, places)
+            for address, places in zip(here, sums, strict=True):
+                add_products(builder, spread(builder, builder.add(address, constant(4 * lane))), rows, places)
     for number, places in enumerate(sums):
         to = at(builder, y, builder.mul(apart, constant(PANEL * 4)), number)
         for half, place in enumerate(places):
             store(builder, builder.load(place), builder.add(to, constant(half * LANES * 4)))
-
-
-def _by_outputs(generate: Generate) -> Any:
-    """An intrinsic whose first argument says for how many outputs, 2, 4 or 6, ``generate`` is to have made its code."""
-
-    def by_outputs(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
-        wanted, *others = arguments
-        for outputs in range(2, PANEL_OUTPUTS + 1, 2):
-            with builder.if_then(builder.icmp_signed("==", wanted, constant(outputs))):
-                generate(builder, outputs, *others)
-        return context.get_dummy_value()
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typing: Any, outputs: Any, w: Any, apart: Any, x: Any, y: Any, n: Any) -> Any:
-        return types.none(*[types.int64] * 6), by_outputs
-
-    return tile
 
 
 def _turned(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
@@ -155,8 +132,16 @@ def on_stack(typing: Any) -> Any:
     return types.int64(), generate
 
 
-panel_of_floats, panel_of_halves, panel_of_bytes = (
-    _by_outputs(functools.partial(_in_panel, size)) for size in (4, 2, 1)
-)
-"""``(outputs, w, apart, x, y, n)``: the dot products of the rows of a panel [n, `PANEL`] at ``x`` with 2, 4 or 6
-outputs of a weight, so many ``apart`` in it as in the panel of results at ``y``."""
+@intrinsic  # type: ignore[untyped-decorator]
+def dots_in_panel(typing: Any, outputs: Any, w: Any, apart: Any, x: Any, y: Any, n: Any) -> Any:
+    """The dot products of the rows of a panel [n, `PANEL`] at ``x`` with 2, 4 or 6 outputs of a weight, so many
+    ``apart`` in it as in the panel of results at ``y``."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        wanted, *others = arguments
+        for number in range(2, PANEL_OUTPUTS + 1, 2):
+            with builder.if_then(builder.icmp_signed("==", wanted, constant(number))):
+                _in_panel(builder, number, *others)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 6), generate

@@ -41,8 +41,8 @@ them than this are copied to other distances first. Two Zen 4 cores, 1024 x 1024
 
 @functools.cache
 def panel_rows() -> int:
-    """On this machine so many rows are best multiplied together, in another order of their numbers: see
-    `cluster.kernels.panels`. 0: they are not."""
+    """On this machine so many rows of a weight of floats are best multiplied together, in another order of their
+    numbers: see `cluster.kernels.panels`. 0: they are not."""
     return PANEL if PANELS and team(_COMPILED) is not None else 0
 
 
@@ -129,13 +129,13 @@ class TiledWeights:
 _FIRST = (0,)
 
 
-def _laid_out(x_PK: torch.Tensor, ends: Sequence[int]) -> tuple[torch.Tensor, int]:
-    """The same rows, those of a weight up to each of ``ends``, where they do not clash; and 1 if in panels, as far as
-    they fill some."""
+def _laid_out(x_PK: torch.Tensor, ends: Sequence[int], size: int = 4) -> tuple[torch.Tensor, int]:
+    """The same rows, those of a weight (of numbers of ``size`` bytes) up to each of ``ends``, where they do not clash;
+    and 1 if in panels, as far as they fill some."""
     rows, inputs = x_PK.shape
     if x_PK.stride(1) != 1:
         x_PK = x_PK.contiguous()
-    panel = panel_rows()
+    panel = panel_rows() if size == 4 else 0
     if panel and rows >= panel and any(end - begin >= panel for begin, end in itertools.pairwise((0, *ends))):
         lay_out = alone(_COMPILED, "lay_out") if x_PK.numel() <= FEW else team(_COMPILED, "lay_out")
         assert lay_out is not None
@@ -161,7 +161,7 @@ def _run(
     """``kind``: the bytes of a weight's number, and where scales are."""
     run = team(_COMPILED)
     assert run is not None
-    x_PK, panels = _laid_out(x_PK, ends)
+    x_PK, panels = _laid_out(x_PK, ends, kind[0])
     result = torch.empty((x_PK.shape[0], outputs), dtype=torch.float32)
     pieces = -(-outputs // PIECE)
     header = (x_PK.data_ptr(), weights_at, result.data_ptr(), inputs, outputs, len(slots), pieces, 4 * x_PK.stride(0))

@@ -16,12 +16,10 @@ from cluster.kernels.dots import FETCHES, dots_of_bytes, dots_of_floats, dots_of
 from cluster.kernels.panels import (
     MOST_ROWS,
     PANEL_OUTPUTS,
+    dots_in_panel,
     into_panel,
     on_stack,
     out_of_panel,
-    panel_of_bytes,
-    panel_of_floats,
-    panel_of_halves,
 )
 from cluster.kernels.registers import LANES, OUTPUTS, PANEL, PANELS, ROWS, floats, longs, next_piece
 from cluster.kernels.tiles import HEADER, PIECE
@@ -96,7 +94,6 @@ def multiply_panels(
     low: int,
     high: int,
     w: int,
-    size: int,
     scales: int,
     first: int,
     last: int,
@@ -105,9 +102,9 @@ def multiply_panels(
     K: int,
     results: int,
 ) -> None:
-    """The same for rows that lie in panels (`cluster.kernels.panels`), each where its first row would begin. What
-    comes out are panels too; or, if ``results`` is room for those of a panel, rows."""
-    row_bytes, block = K * size, max(1, min(_BLOCK // K, MOST_ROWS) // PANEL) * PANEL
+    """The same for a weight of floats and rows that lie in panels (`cluster.kernels.panels`), each where its first row
+    would begin. What comes out are panels too; or, if ``results`` is room for them, rows."""
+    row_bytes, block = K * 4, max(1, min(_BLOCK // K, MOST_ROWS) // PANEL) * PANEL
     whole = (last - first) // PANEL_OUTPUTS
     rest = last - first - whole * PANEL_OUTPUTS
     for begin in range(low, high, block):
@@ -122,12 +119,7 @@ def multiply_panels(
             here = w + (first + n) * row_bytes
             for row in range(begin, end, PANEL):
                 start, panel = x + row * x_row, to + (row - begin) * to_row + n * PANEL * 4
-                if size == 4:
-                    panel_of_floats(outputs, here, apart, start, panel, K)
-                elif size == 2:
-                    panel_of_halves(outputs, here, apart, start, panel, K)
-                else:
-                    panel_of_bytes(outputs, here, apart, start, panel, K)
+                dots_in_panel(outputs, here, apart, start, panel, K)
         for row in range(begin, end, PANEL):
             panel = to + (row - begin) * to_row
             if scales != 0:
@@ -186,7 +178,7 @@ def _pieces(work: Any) -> None:
         low, high, last = work[HEADER + num + number], work[HEADER + num + number + 1], min(first + PIECE, N)
         if PANELS and work[11] != 0:
             between = low + (high - low) // PANEL * PANEL
-            multiply_panels(x_at, x_row, low, between, expert, size, scales, first, last, y_at, N, K, results)
+            multiply_panels(x_at, x_row, low, between, expert, scales, first, last, y_at, N, K, results)
             low = between
         multiply(x_at, x_row, low, high, expert, size, scales, first, last, y_at, N, K, after)
         piece = coming
@@ -216,7 +208,7 @@ def _side_by_side(work: Any) -> None:
         last, low = min(first + PIECE, N), 0
         if PANELS and work[6] != 0:
             low = rows // PANEL * PANEL
-            multiply_panels(x_at, x_row, 0, low, weight, 4, 0, first, last, y_at, N, K, results)
+            multiply_panels(x_at, x_row, 0, low, weight, 0, first, last, y_at, N, K, results)
         multiply(x_at, x_row, low, rows, weight, 4, 0, first, last, y_at, N, K, after)
         piece = coming
 
