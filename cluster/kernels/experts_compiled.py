@@ -12,7 +12,7 @@ from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, S
 from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
 from cluster.kernels.registers import PANEL, PANELS, floats, longs, next_piece, words
 from cluster.kernels.tiles import HEADER, PIECE
-from cluster.kernels.tiles_compiled import multiply, multiply_panels
+from cluster.kernels.tiles_compiled import copy_floats, multiply, multiply_panels
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _BLOCK_ROWS = 96
@@ -29,12 +29,6 @@ def _gate(gates: Any, ups: Any, n: int) -> None:
         x = HIGHEST if x > HIGHEST else x
         x = -HIGHEST if x < -HIGHEST else x
         gates[i] = gate / (_ONE + exponential(x)) * ups[i]
-
-
-@njit  # type: ignore[untyped-decorator]
-def _copy(to: Any, source: Any, n: int) -> None:
-    for i in range(n):
-        to[i] = source[i]
 
 
 @njit(fastmath=REORDERS)  # type: ignore[untyped-decorator]
@@ -98,7 +92,7 @@ def _sort(work: Any) -> None:
     if work[15] != 0:
         for place in range(P):
             source = work[14] + row_of[place] * work[17] * 4
-            _copy(floats(work[15] + place * work[16]), floats(source), work[17])
+            copy_floats(floats(work[15] + place * work[16]), floats(source), work[17])
 
 
 def _gated(work: Any) -> None:

@@ -41,7 +41,7 @@ def _scale_all(numbers: Any, factor: Any, n: int) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _copy(to: Any, source: Any, n: int) -> None:
+def copy_floats(to: Any, source: Any, n: int) -> None:
     for i in range(n):
         to[i] = source[i]
 
@@ -159,7 +159,7 @@ def _lay_out(work: Any) -> None:
             continue
         for place in range(first, last):
             row = place if row_of == 0 else longs(row_of)[place]
-            _copy(floats(to_at + place * to_row), floats(x_at + row * x_row), K)
+            copy_floats(floats(to_at + place * to_row), floats(x_at + row * x_row), K)
 
 
 def _pieces(work: Any) -> None:
