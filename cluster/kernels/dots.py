@@ -16,7 +16,7 @@ machine (keys and values of attention are fetched on any):
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -32,7 +32,6 @@ from cluster.kernels.registers import (
     ROWS,
     SMALL,
     VECTOR,
-    Generate,
     add_products,
     at,
     constant,
@@ -52,7 +51,7 @@ _LINE = 64
 _TO_READ, _AS_DATA, _NEAR_L2 = 0, 1, 2  # arguments of LLVM's prefetch; 3 instead of 2 is the first-level cache
 
 
-def _of_rows(generate: Generate, width: int) -> Any:
+def _of_rows(generate: Callable[..., None], width: int) -> Any:
     """An intrinsic whose first argument says for how many rows, 1 to ROWS, ``generate`` is to have made its code."""
 
     def by_rows(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:

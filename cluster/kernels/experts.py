@@ -116,6 +116,7 @@ class GatedExperts:
         up_SGH, down_SHI = up.weight_SNK, down.weight_SNK
         self._up_at, self._down_at = up_SGH.data_ptr(), down_SHI.data_ptr()
         self._up_kind, self._down_kind = up.kind, down.kind
+        self._panel = panel_rows() if self._up_kind[0] == self._down_kind[0] == 4 else 0
         self._num_slots, self._hidden, self._inner = down_SHI.shape
         lay_out = team("tiles_compiled", "lay_out")
         found = kept_team(_COMPILED, "gated"), kept_team("tiles_compiled"), kept_team(_COMPILED, "combine")
@@ -182,9 +183,9 @@ class GatedExperts:
             return None
         num = int(plan.numbers[NUM])
         if not (plan.one or plan.moves_few):
-            panel = panel_rows() if self._up_kind[0] == self._down_kind[0] == 4 else 0
-            gated[13] = product[11] = in_panels = 1 if panel else 0
-            many, begins_at = panel or max(1, _PER_PIECE // H), plan.numbers.ctypes.data + 8 * (SORTED + HEADER + num)
+            gated[13] = product[11] = in_panels = 1 if self._panel else 0
+            many, begins_at = self._panel or max(1, _PER_PIECE // H), plan.numbers.ctypes.data
+            begins_at += 8 * (SORTED + HEADER + num)
             self._lay_out((hidden_at, 4 * H, plan.rows_at, x_at, plan.x_row, H, many, num, begins_at, in_panels))
         gated[1], gated[2], gated[3], gated[6], gated[9] = x_at, self._up_at, gates_at, num, ups_at
         gated[11], gated[12] = self._up_kind

@@ -3,7 +3,7 @@
 In a panel the numbers of its rows for one input lie side by side, so that a vector holds a sum for each of some rows
 and nothing has to be added up across it. With AVX2, six outputs by two vectors need fewer loads for their products than
 four by three rows do, and as many registers. On two Zen 3 cores, in turns with tiles (12 rounds of each, medians), a
-step of bench-700m with 512 tokens of four prompts went from 1,095 to 886 ms, its experts from 731 to 576 (137 GFLOP/s);
+step of bench-700m with 512 tokens of four prompts went from 1,095 to 886 ms, its experts from 731 to 576 (134 GFLOP/s);
 one with 128 tokens, some 16 rows an expert, from 289 to 256. With other registers nothing was measured, and tiles stay;
 so they do for weights in int8 and bf16, which a tile makes floats of eight at a time, and a panel one by one: that took
 1.3 to 1.4 times as long (1024 x 1024, 16 to 128 rows, in turns).

@@ -4,7 +4,6 @@ generate loops (`cluster.kernels.dots`, `cluster.kernels.panels`)."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
@@ -29,8 +28,6 @@ _DOUBLE = ir.DoubleType()
 PANELS, PANEL = LANES == 8, 2 * LANES
 """Whether many rows are best multiplied in panels, and how many rows are one: see `cluster.kernels.panels`."""
 REGISTERS = 16 if platform.machine() in ("x86_64", "AMD64") and LANES < 16 else 32
-Generate = Callable[..., None]
-"""Makes code from a builder, numbers that are known and values."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -89,32 +86,39 @@ def spread(builder: ir.IRBuilder, address: Any) -> Any:
 
 
 def add_products(builder: ir.IRBuilder, factor: Any, others: list[Any], places: list[Any]) -> None:
+    """Of a factor with each of the others, to the sums at places."""
     fma = function(builder, f"llvm.fma.v{LANES}f32", VECTOR, [VECTOR] * 3)
     for other, place in zip(others, places, strict=True):
         builder.store(builder.call(fma, [other, factor, builder.load(place)]), place)
 
 
 def shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
+    """These lanes of two vectors, those of the second counted on."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(SMALL, len(lanes)), lanes))
 
 
 def at(builder: ir.IRBuilder, address: Any, stride: Any, number: int) -> Any:
+    """An address so many strides further."""
     return builder.add(address, builder.mul(stride, constant(number)))
 
 
 def constant(value: int) -> ir.Constant:
+    """A number of 64 bits, as addresses and lengths are."""
     return ir.Constant(INT, value)
 
 
 def function(builder: ir.IRBuilder, name: str, result: Any, arguments: list[Any]) -> Any:
+    """One of LLVM's own functions."""
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
 def load(builder: ir.IRBuilder, address: Any) -> Any:
+    """A vector of floats."""
     return builder.load(builder.inttoptr(address, VECTOR.as_pointer()), align=4)
 
 
 def store(builder: ir.IRBuilder, vector: Any, address: Any) -> None:
+    """A vector of floats to an address."""
     builder.store(vector, builder.inttoptr(address, VECTOR.as_pointer()), align=4)
 
 

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.kernels.registers import PANEL, PANELS
+from cluster.kernels.registers import OUTPUTS, PANEL, PANELS
 from cluster.kernels.team import alone, team
 
-OUTPUTS, INPUTS = 4, 16
-"""Outputs and inputs of a weight must be multiples of these."""
+INPUTS = 16
+"""Inputs of a weight must be a multiple of this, and outputs of those of a tile."""
 PIECE = 48 if PANELS else 32
 """Outputs of one expert that a thread takes at a time: 192 or 128 KiB of weights with 1024 inputs."""
 HEADER = 12
