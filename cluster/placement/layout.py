@@ -11,7 +11,7 @@ from cluster.core import GroupId
 from cluster.errors import InvalidArgument
 from cluster.placement.planner import Holdings
 from cluster.placement.shape import Loads, Shape, Slots, slot_loads
-from cluster.placement.survivable import survivable
+from cluster.placement.survivable import Hysteresis, survivable
 
 NOWHERE = "?"
 
@@ -80,7 +80,9 @@ def replan(
         shape = Shape(experts, each * len(groups), len(groups), domains)
         now = [[current[g][layer] if g in current else () for layer in layers] for g in ordered]
         now_LS = slots_from_holdings([[held[:each] for held in of_group] for of_group in now], each)
-        planned = holdings_from_slots(survivable(loads_LE[layers, :experts], shape, now_LS), len(groups))
+        # Of other groups than before, the plan that is there lacks copies: how well it is balanced says nothing.
+        hysteresis = Hysteresis() if same else Hysteresis(plan=-1.0)
+        planned = holdings_from_slots(survivable(loads_LE[layers, :experts], shape, now_LS, hysteresis), len(groups))
         for group, holdings in zip(ordered, planned, strict=True):
             for layer, wanted in zip(layers, holdings, strict=True):
                 found[group][layer] = wanted

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.control.autoscale import TIMES, Autoscaler
@@ -172,6 +172,7 @@ def some_loads(layers: int, experts: int) -> Any:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(4, 12), st.integers(1, 3))
+@example(6, 4, 3, 11, 3)
 def test_the_next_plan_keeps_every_expert_and_as_many_copies(
     layers: int, groups: int, later: int, experts: int, copies: int
 ) -> None:
