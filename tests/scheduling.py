@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cluster.core import Deadline, Request, SamplingParams, StopParams
 from cluster.engine.blocks import BlockPool
-from cluster.engine.scheduler import STRETCH, ColdCosts, Scheduled, Scheduler, Share
+from cluster.engine.colds import ColdCosts
+from cluster.engine.scheduler import STRETCH, Scheduled, Scheduler, Share
 from cluster.settings import EngineConfig
 
 NEVER = float("inf")
@@ -21,7 +22,7 @@ class World:
         self,
         num_blocks: int = 10_000,
         block_size: int = 4,
-        step_s: float = 0.01,
+        step_s: float | Callable[[Sequence[Share]], float] = 0.01,
         colds: ColdCosts | None = None,
         **config: int,
     ) -> None:
@@ -54,7 +55,8 @@ class World:
         """One step, checked in every respect. Sequences that have all their tokens leave."""
         decoding = [item for item in self.pasts if item.running and item.decoding]
         shares = self.scheduler.next_step()
-        self.now_s += self._step_s
+        took_s = self._step_s(shares) if callable(self._step_s) else self._step_s
+        self.now_s += took_s
         self.steps += 1
         self._check_limits(shares, decoding)
         for share in shares:
@@ -63,7 +65,7 @@ class World:
             for share in shares:
                 self.remove(share.sequence)
             return shares
-        self.scheduler.ran(shares, self._step_s)
+        self.scheduler.ran(shares, took_s)
         for item, _, _, _, samples, _ in shares:
             if samples:
                 self.first.setdefault(item, self.steps)

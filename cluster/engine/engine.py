@@ -20,19 +20,13 @@ import torch
 
 from cluster.core import Clock, Priority, Request
 from cluster.engine.blocks import BlockPool, num_blocks_of
+from cluster.engine.colds import ColdCosts
 from cluster.engine.events import EngineStats, Listener, TokenEvent
 from cluster.engine.live import Live
 from cluster.engine.sampler import Sampled, sample
-from cluster.engine.scheduler import ColdCosts, Scheduled, Scheduler, Share
+from cluster.engine.scheduler import Scheduled, Scheduler, Share
 from cluster.engine.text import TextStream, Tokenizer
-from cluster.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    ExpertMeshError,
-    InternalError,
-    InvalidArgument,
-    Unavailable,
-)
+from cluster.errors import Cancelled, DeadlineExceeded, ExpertMeshError, InternalError, InvalidArgument, Unavailable
 from cluster.model.packed import Chunk
 from cluster.routing.step import StepContext
 from cluster.settings import EngineConfig

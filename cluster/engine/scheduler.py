@@ -10,7 +10,8 @@ short ones.
 highest response ratio next (P. Brinch Hansen, "An analysis of response ratio scheduling", IFIP 1971), with an urgency
 for near deadlines. Short prompts overtake long ones, and nobody is overtaken for ever. A quarter of the prefill budget
 belongs to the prefill that has waited longest; where places are few, so does the next one after three others were
-admitted before it.
+admitted before it. Whoever cannot have a usual answer before its deadline comes behind all who can: where too much
+comes, all would else be served when it is just too late (C. D. Locke, "Best-effort decision making", 1986).
 
 *Cold-aware.* Where experts are loaded when they are called for, what a prompt will probably make them load counts as
 tokens that take as long, less what prefills of the same step bring anyway: prompts that want the same experts go
@@ -28,10 +29,11 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from cluster.core import Clock, Request
 from cluster.engine.blocks import BlockPool, BlockTable
+from cluster.engine.colds import ColdCosts
 from cluster.errors import ConfigError, Overloaded
 from cluster.settings import EngineConfig
 
@@ -47,29 +49,17 @@ _SETTLE_S = 10.0
 more comes than can be served, a shorter time lets long prompts that have waited hold up all short ones."""
 _URGENT_S = 10.0
 """A deadline nearer than this makes a sequence more urgent, down to first of all."""
+_URGENT_TOKENS = 512
+"""So many tokens of a prompt count for nothing when its deadline is there. With more, where too much comes, long
+prompts that nearly ran out of time would hold up all short ones."""
 _GROWTH_TOKENS = 1024
 """Room to grow in that a new run of blocks looks for: few answers are longer, and more would cost cached prefixes."""
+_LAST = 1e12
+"""Score of whoever comes behind all others."""
 _COMPARED = 16
 """So many prefills that are next in line are weighed by what they share with those of the step."""
 _SMOOTH = 1 / 8
 """Weight of the newest step in what a prefill token takes."""
-
-
-class ColdCosts(Protocol):
-    """Who knows what prompts will make groups load. What a prompt needs is whatever `need` gives, None where nothing
-    can be cold."""
-
-    def need(self, prompt_ids: Sequence[int]) -> Any:
-        """What a prompt will probably want."""
-        ...
-
-    def cold_bytes(self, need: Any, beside: Sequence[Any] = ()) -> float:
-        """Bytes that will probably be loaded for it, and not for those beside it anyway."""
-        ...
-
-    def seconds(self, num_bytes: float) -> float:
-        """What loading so many bytes takes."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +118,10 @@ class Share(NamedTuple):
     decoding: bool
 
 
+def _nearer(average: float, newest: float) -> float:
+    return average + (newest - average) * _SMOOTH if average else newest
+
+
 def _rank(sequence: Scheduled) -> tuple[float, int]:
     """Who goes first when there is not room for all; fixed for life."""
     return sequence.came_s, sequence.number
@@ -143,7 +137,9 @@ class Scheduler:
         if config.step_token_budget < 1 or config.prefill_chunk < 1:
             raise ConfigError("engine.step_token_budget: is by device, which nobody has said: see EngineConfig.sized")
         self._config, self._pool, self._clock, self._colds = config, pool, clock, colds
-        self._token_s = 0.0  # what a prefill token takes; 0 until one was seen
+        self._token_s = self._step_s = 0.0  # what a prefill token takes, and a step that decodes; 0 until one was seen
+        self._chunk_s = 0.0  # what a prefill token takes in steps of a whole chunk or more, which is less
+        self._answer = 0.0  # tokens of an answer
         # One token each must fit into a step, or running sequences would stall.
         self._max_running = min(config.max_running, config.step_token_budget)
         self._waiting: list[Scheduled] = []
@@ -185,6 +181,8 @@ class Scheduler:
     def remove(self, sequence: Scheduled) -> None:
         """Forgets a sequence, wherever it is, and releases its blocks. Does nothing when it is not here."""
         if sequence.running:
+            if sequence.num_generated:
+                self._answer = _nearer(self._answer, sequence.num_generated)
             self._leave(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
@@ -199,7 +197,11 @@ class Scheduler:
         size = self._pool.block_size
         num_tokens = sum(len(share.ids) for share in shares)
         if took_s and num_tokens > len(shares):  # some of it is prefill
-            self._token_s += (took_s / num_tokens - self._token_s) * (_SMOOTH if self._token_s else 1.0)
+            self._token_s = _nearer(self._token_s, took_s / num_tokens)
+            if num_tokens - len(shares) >= self._config.prefill_chunk // 2:
+                self._chunk_s = _nearer(self._chunk_s, took_s / num_tokens)
+        if took_s and shares and shares[0].decoding:
+            self._step_s = _nearer(self._step_s, took_s)
         for sequence, ids, start, _, _, _ in shares:
             end = start + len(ids)
             if end // size > sequence.table.registered and sequence.running and not sequence.degraded:
@@ -249,12 +251,12 @@ class Scheduler:
         now_s = self._clock()
         fair, self._owed = divmod(self._owed + budget, FAIR_PART)
         prefills = [s for s in self._running if s not in self._taken and s.computed < len(s.tokens)]
-        oldest = prefills[0] if prefills else None
+        oldest = self._first_of(prefills, now_s)
         full = False  # nobody else is admitted in this step
         places, its_turn = self._max_running - len(self._running), self._overtakes >= FAIR_PART - 1
         if places > 0 and self._waiting and (its_turn or len(self._waiting) <= places):
-            first = min(self._waiting, key=_rank)
-            if oldest is None or _rank(first) < _rank(oldest):
+            first = min(self._waiting, key=lambda sequence: (self._too_late(sequence, now_s), *_rank(sequence)))
+            if oldest is None or self._precedes(first, oldest, now_s):
                 if self._admit(first, fair):
                     oldest = first
                     prefills.append(first)
@@ -276,6 +278,25 @@ class Scheduler:
             budget -= self._spend(sequence, budget, preempts=False)
         if oldest is not None and not self._taken:  # a budget of less than FAIR_PART tokens, and no blocks
             self._take(oldest, budget, preempts=True)
+
+    def _first_of(self, sequences: Sequence[Scheduled], now_s: float) -> Scheduled | None:
+        """The first by rank, which they are in, that is not too late; the first if all are."""
+        return next(
+            (each for each in sequences if not self._too_late(each, now_s)), sequences[0] if sequences else None
+        )
+
+    def _precedes(self, one: Scheduled, other: Scheduled, now_s: float) -> bool:
+        late, others = self._too_late(one, now_s), self._too_late(other, now_s)
+        return _rank(one) < _rank(other) if late == others else others
+
+    def _too_late(self, sequence: Scheduled, now_s: float) -> bool:
+        """At the pace of now, and with all prefill for itself, it would not have as long an answer as others have had
+        before its deadline."""
+        if math.isinf(sequence.due_s):
+            return False
+        left = len(sequence.tokens) - sequence.computed
+        answer = min(self._answer, sequence.max_tokens - len(sequence.tokens))
+        return now_s + left * self._chunk_s + answer * self._step_s > sequence.due_s
 
     def _next_admissions(self, now_s: float) -> list[tuple[bool, float, int, Scheduled]]:
         """Those that wait and there are places for, with their sort keys. Preempted ones go first: somebody has read
@@ -300,8 +321,11 @@ class Scheduler:
     def _score(self, sequence: Scheduled, now_s: float, beside: Sequence[Any] = ()) -> float:
         """Lowest first: tokens to compute and loads to wait for, over seconds waited, less the nearer the deadline."""
         left = len(sequence.tokens) - sequence.computed + self._cold_tokens(sequence, beside)
+        if self._too_late(sequence, now_s):
+            return _LAST + left
         urgency = min(1.0, max(0.0, sequence.due_s - now_s) / _URGENT_S)
-        return left * urgency / (_SETTLE_S + now_s - sequence.came_s)
+        left -= min(left, _URGENT_TOKENS) * (1.0 - urgency)
+        return left / (_SETTLE_S + now_s - sequence.came_s)
 
     def _cold_tokens(self, sequence: Scheduled, beside: Sequence[Any] = ()) -> float:
         """Prefill tokens that take as long as what a prompt makes groups load."""
