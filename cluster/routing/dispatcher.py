@@ -34,6 +34,9 @@ Counter = Callable[[int, Ints, int, Priority], None]
 """(MoE layer, logical expert of each pair, number of tokens, what kind of step), of every layer call."""
 
 
+_LOAD_S = Outcome._fields.index("load_s")
+
+
 class _Waits(NamedTuple):
     """What a layer waits for, until when at most, bytes of a row there and back, and what has come."""
 
@@ -70,7 +73,8 @@ class Dispatcher:
     ) -> None:
         self._fabric, self._dtype, self._caller, self._clock, self._count = fabric, dtype, caller, clock, count
         self._exchanges = Exchanges(fabric, caller)
-        self._owed: _Owed | None = None
+        self._owed: list[_Owed] = []
+        self._uncounted: list[tuple[int, torch.Tensor, Priority]] = []
         self._rows_of: tuple[int, int, Ints] = 0, 0, np.empty(0, np.int64)
 
     def __call__(
@@ -92,6 +96,8 @@ class Dispatcher:
             InternalError: a group failed to compute.
         """
         started_s = self._clock()
+        if self._owed and self._owed[0].waits.step is not step:
+            self._settle()  # of a step that has been given up
         num_tokens, experts_per_token = index_TK.shape
         rows_P = self._rows(num_tokens, experts_per_token)
         local_TH = hidden_TH.to(self._dtype)
@@ -105,8 +111,8 @@ class Dispatcher:
             pairs = Pairs(rows_P, index_TK, weight_TK)
             computed = alone(self._fabric, caller, step, layer, local_TH, pairs, self._clock)
             if computed is not None:
+                self._uncounted.append((layer, index_TK, step.priority))
                 self._settle()
-                self._counted(step, layer, index_TK)
                 self._book_alone(step, started_s, computed.seconds, meanwhile)
                 return computed.total_TH.to(hidden_TH.device)
         if sent is None:
@@ -120,9 +126,11 @@ class Dispatcher:
         try:
             sent_s = now_s = self._clock()
             step.ledger.add(Stage.DISPATCH, sent_s - started_s - inline_s - failing_s)
-            # While the groups compute: what need not be done before they do.
-            self._settle()
-            self._counted(step, layer, index_TK)
+            self._uncounted.append((layer, index_TK, step.priority))
+            if sent is None or times is not None or self._is_last(layer):
+                # While the groups compute, and for all layers of a step at once: between layers nothing of it is in the
+                # caches, and a group that shares this core waits for it.
+                self._settle()
             row_bytes = local_TH.shape[1] * (local_TH.itemsize + 4)
             limit = Deadline.after(caller.call_timeout_s, self._clock)
             waits = _Waits(step, layer, decode, limit, row_bytes, [])
@@ -148,6 +156,7 @@ class Dispatcher:
                         account(step.ledger, layer, waits.answers)
             except ExpertMeshError:
                 account(step.ledger, layer, waits.answers)
+                self._settle()
                 raise
             finally:
                 if times is not None and step.detail is not None:
@@ -160,18 +169,31 @@ class Dispatcher:
         return combined_TH
 
     def _added(self, waits: _Waits, sent: Sent, from_s: float) -> torch.Tensor:
-        """The sum of answers that are there and were waited for since ``from_s``. Their times are booked while the next
-        layer's groups compute."""
-        self._owed = _Owed(waits, sent.links, sent.exchange.answers(), sent.sent_s, from_s, sent.exchange.began_s)
-        if waits.layer + 1 >= self._fabric.num_layers() or any(Outcome(*told).load_s > 0 for told in self._owed.told):
-            self._settle(sent.exchange)
+        """The sum of answers that are there and were waited for since ``from_s``. Their times are booked while the last
+        layer's groups compute, and these when that is done."""
+        exchange = sent.exchange
+        owed = _Owed(waits, sent.links, exchange.answers(), sent.sent_s, from_s, exchange.began_s)
+        self._owed.append(owed)
+        if self._is_last(waits.layer) or any(told[_LOAD_S] > 0 for told in owed.told):
+            self._settle(exchange)
         return sent.total_TH
 
+    def _is_last(self, layer: int) -> bool:
+        return layer + 1 >= self._fabric.num_layers()
+
     def _settle(self, exchange: ShmExchange | None = None) -> None:
-        """Books the answers that have been added. ``exchange`` is theirs, if it has not been used again."""
-        if self._owed is None:
-            return
-        (waits, links, all_told, sent_s, from_s, read_s), self._owed = self._owed, None
+        """Counts what was wanted, and books the answers that have been added. ``exchange`` is the last ones', if it has
+        not been used again."""
+        uncounted, self._uncounted = self._uncounted, []
+        for layer, index_TK, priority in uncounted if self._count is not None else ():
+            assert self._count is not None
+            self._count(layer, _experts(index_TK), len(index_TK), priority)
+        owed, self._owed = self._owed, []
+        for number, each in enumerate(owed, 1):
+            self._book(each, exchange if number == len(owed) else None)
+
+    def _book(self, owed: _Owed, exchange: ShmExchange | None) -> None:
+        waits, links, all_told, sent_s, from_s, read_s = owed
         step, combine_s, speeds = waits.step, 0.0, self._caller.speeds
         for number, told in enumerate(all_told):
             outcome = Outcome(*told)
@@ -236,10 +258,6 @@ class Dispatcher:
         if meanwhile is not None:
             meanwhile()
             step.ledger.add(Stage.TRUNK, self._clock() - ended_s)
-
-    def _counted(self, step: StepContext, layer: int, index_TK: torch.Tensor) -> None:
-        if self._count is not None:
-            self._count(layer, _experts(index_TK), len(index_TK), step.priority)
 
     def _rows(self, num_tokens: int, experts_per_token: int) -> Ints:
         """0, 0, ..., 1, 1, ...: the same for all layers of a step."""
