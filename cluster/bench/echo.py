@@ -18,10 +18,13 @@ from typing import Any
 import grpc
 import torch
 
+from cluster.bench.echo_compiled import echo
 from cluster.experts.host import ExpertHost
 from cluster.experts.identity import Identity
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
+from cluster.kernels.door import can_listen
+from cluster.kernels.served import ServedLayer, ServedLayers
 from cluster.transport.grpc_link import CHANNEL_OPTIONS
 
 IDENTITY = Identity(0, "echo", "echo", "fp32", "echo")
@@ -30,8 +33,10 @@ LARGEST_BYTES = 256 * 1024**2
 
 
 def serve_group() -> tuple[dict[str, str], list[Callable[[], None]]]:
-    """A whole group but for its experts: queue, compute thread, all servers. Its answer is its input, in fp32."""
-    host = ExpertHost(lambda _layer, rows: rows.hidden_TH.float(), threads=1)
+    """A whole group but for its experts: queue, compute thread, all servers; as in one whose experts are in memory,
+    decode calls over shared memory are served where they are read. Its answer is its input, in fp32."""
+    served = ServedLayers([ServedLayer(echo.address, 0, 0, echo)]) if can_listen() else None
+    host = ExpertHost(lambda _layer, rows: rows.hidden_TH.float(), threads=1, served=served)
     shm = ShmServer(IDENTITY, host)
     server = DataPlaneServer(IDENTITY, host, "127.0.0.1", "127.0.0.1", Offers(shm.address))
     return {"grpc": server.address, "shm": shm.address}, [server.close, shm.close, host.close]

@@ -28,6 +28,7 @@ from cluster.experts.reduced import reduced_experts
 from cluster.experts.store import ExpertStore, Fill
 from cluster.experts.tiers import HostTier
 from cluster.kernels.experts import Scratch
+from cluster.kernels.served import ServedLayer, ServedLayers
 from cluster.telemetry.memory import give_back_at_once
 from cluster.transport.base import LayerRows
 from cluster.weights.dtypes import DTYPE_NAMES, settle
@@ -43,6 +44,8 @@ MIXED_PAIRS = 256
 nine pairs in turns: a decode step took 0.91 of what it takes with an indexed sum at batch 1 (4), 0.98 at 8 (256), and
 1.04 at 16 (1,024)."""
 _LEAVE_S = 30.0
+MAX_SERVED_TOKENS = 512
+"""Of a call that is computed where it is read; rows times pairs are bounded more narrowly."""
 LOADING_THREADS = 4
 """Where threads are not counted out, as beside a GPU."""
 
@@ -81,6 +84,37 @@ class ExpertBank:
         self.dtype, self.device = how.dtype, how.device
         self._scratch = Scratch()
         self._crew = Crew(how.threads if how.device.type == "cpu" else 1)
+        self._served: ServedLayers | None = None
+        self._change: Callable[[Callable[[], None]], None] | None = None
+
+    def served(self) -> ServedLayers | None:
+        """The layers, for who computes calls of few rows without `compute`; None where that is not the same, as with
+        experts that may have to be loaded. `change_with` is to be called before `hold`."""
+        if self.store is None and self._served is None:
+            self._served = ServedLayers([self._served_layer(bank) for bank in self._layers])
+        return self._served
+
+    def change_with(self, between_calls: Callable[[Callable[[], None]], None]) -> None:
+        """Layers that are served are changed by ``between_calls``, which runs what it is given while none is."""
+        self._change = between_calls
+
+    @staticmethod
+    def _served_layer(bank: _LayerBank) -> ServedLayer | None:
+        experts = bank.experts.at_once(1)
+        if experts is None:
+            return None
+        tokens = 1
+        while tokens < MAX_SERVED_TOKENS and bank.experts.at_once(2 * tokens) is experts:
+            tokens *= 2
+        return experts.served(bank.slot_of_E, tokens)
+
+    def _replace(self, layer: int, new: _LayerBank) -> None:
+        def change() -> None:
+            self._layers[layer] = new  # a call that has begun finishes with the old ones
+            if self._served is not None:
+                self._served.put(layer, self._served_layer(new))
+
+        change() if self._served is None or self._change is None else self._change(change)
 
     @property
     def holdings(self) -> tuple[tuple[int, ...], ...]:
@@ -185,7 +219,7 @@ class ExpertBank:
             for row, slot in enumerate(slots):
                 new.experts.run(rows_PH[row : row + 1], [slot], [1])
                 breathe()
-        self._layers[layer] = new  # a call that has begun finishes with the old ones
+        self._replace(layer, new)
         return each * len(added)
 
     @torch.inference_mode()

@@ -17,8 +17,9 @@ from cluster.errors import Unavailable
 from cluster.experts.bank import ExpertBank
 from cluster.experts.compute import Compute
 from cluster.experts.faults import LinkDropper, with_faults
-from cluster.experts.host import ExpertHost, InlineHost
+from cluster.experts.host import ExpertHost
 from cluster.experts.identity import Identity
+from cluster.experts.inline import InlineHost
 from cluster.experts.loads import LoadNotes
 from cluster.experts.server import DataPlaneServer, Offers
 from cluster.experts.shm_server import ShmServer
@@ -89,9 +90,19 @@ class ExpertGroup:
         self.host: ExpertHost | InlineHost
         on_order = None if self.bank.store is None else self.bank.store.order
         if listen:
-            self.host = ExpertHost(
-                compute, f"experts-{group}", threads, notes=notes, observe=self._observe, on_order=on_order
+            # A planted fault is in the way of those that are served without it.
+            served = self.bank.served() if compute == self.bank.compute and threads == 1 else None
+            self.host = host = ExpertHost(
+                compute,
+                f"experts-{group}",
+                threads,
+                notes=notes,
+                observe=self._observe,
+                on_order=on_order,
+                served=served,
             )
+            if served is not None:
+                self.bank.change_with(host.between_calls)
         else:
             self.host = InlineHost(compute, notes=notes, observe=self._observe, on_order=on_order)
         hidden_size = int(checkpoint.config.get_text_config(decoder=True).hidden_size)

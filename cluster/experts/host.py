@@ -13,28 +13,28 @@ import heapq
 import itertools
 import logging
 import os
-import select
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
 from cluster.core import Clock, LayerCall, Order, Priority
-from cluster.errors import DeadlineExceeded, ExpertMeshError, InternalError, Overloaded, Unavailable
+from cluster.errors import DeadlineExceeded, ExpertMeshError, Overloaded, Unavailable
+from cluster.experts.answering import Compute, Observe, OnOrder, answer
 from cluster.experts.loads import LoadNotes
-from cluster.transport.base import LayerReply, LayerRows, PendingReply
+from cluster.experts.sockets import Sockets
+from cluster.kernels.served import ServedLayers
+from cluster.transport.base import LayerRows, PendingReply
 
 log = logging.getLogger(__name__)
 
-Compute = Callable[[int, LayerRows], torch.Tensor]
-Observe = Callable[[LayerCall, float, float, LayerReply], None]
-"""(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
-OnOrder = Callable[[Order], None]
 Lend = Callable[[], object]
 _PREFILL = int(Priority.PREFILL)
 MAX_LAYERS = 4096
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024
+CHANGE_S = 60.0
 MAX_ROUNDS = 64
 """Looks at the sockets before the next call is computed, whatever still comes in."""
 
@@ -49,7 +49,8 @@ class ExpertHost:
     """Queue and compute thread of one group. ``compute(layer, rows)`` is `ExpertBank.compute`, ``notes`` what it says
     of weights that it waited for; ``observe`` is told of calls that belong to a trace.
 
-    Every call that is submitted is answered: with a reply, or with a typed error.
+    Every call that is submitted is answered: with a reply, or with a typed error. Calls of layers that are ``served``
+    may be computed where they are read, without ``compute``.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class ExpertHost:
         notes: LoadNotes | None = None,
         observe: Observe | None = None,
         on_order: OnOrder | None = None,
+        served: ServedLayers | None = None,
     ) -> None:
-        self._on_order = on_order
+        self._on_order, self.served = on_order, served
         self._steps: dict[int, int] = {}  # the step whose call a layer had last
         self._compute, self._clock, self._max_bytes = compute, clock, max_queued_bytes
         self._notes, self._observe = notes or LoadNotes(), observe
@@ -76,15 +78,13 @@ class ExpertHost:
         self._lends = threads == 1 and on_order is None
         self._lent: tuple[int, int, float, LayerCall, LayerRows, PendingReply] | None = None
         self._closed = self._busy = self._asleep = self._fresh = False
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll = select.epoll()
-        self._epoll.register(self._bell, select.EPOLLIN | select.EPOLLET)  # each ring wakes once and need not be read
-        self._only_bell = [(self._bell, select.EPOLLIN)]
-        self._watched: dict[int, Callable[[int], None]] = {}
-        self.calls = 0
-        self.busy_s = 0.0
+        self.sockets = Sockets()
+        """Those that the compute thread reads."""
+        self._calls = 0
+        self._busy_s = 0.0
         self._progress_s = clock()
         self._threads = threads
+        self._changes: list[tuple[Callable[[], None], Future[None]]] = []
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -106,7 +106,7 @@ class ExpertHost:
                 self._queued_bytes += size
                 entry = (int(call.priority), next(self._tickets), self._clock(), call, rows, pending)
                 heapq.heappush(self._heap, entry)
-                alone = self._asleep and not self._busy and len(self._heap) == 1
+                alone = self._asleep and not self._busy and len(self._heap) == 1 and not self.sockets.serving
                 lent = lend is not None and alone and call.priority < _PREFILL and self._lends
                 if lent:
                     self._lent = entry
@@ -115,7 +115,7 @@ class ExpertHost:
         if lent and lend is not None:
             lend()
         if asleep:
-            os.eventfd_write(self._bell, 1)  # not under the lock, which whom it wakes takes first
+            self.sockets.ring()  # not under the lock, which whom it wakes takes first
         if error is not None:
             pending.fail(error)
 
@@ -147,27 +147,55 @@ class ExpertHost:
         if self._on_order is not None and self._steps.get(order.layer) != order.step_id:
             self._on_order(order)
 
-    def watch(self, fd: int, ready: Callable[[int], None]) -> None:
-        """From now on ``ready(epoll events)`` is called in the compute thread when ``fd`` can be read. It must not
-        block and reads a message or two a call."""
-        with self._lock:
-            self._watched[fd] = ready
-        self._epoll.register(fd, select.EPOLLIN)
+    @property
+    def calls(self) -> int:
+        """Calls that were computed."""
+        return self._calls + self.sockets.served[0]
 
-    def want_write(self, fd: int, wanted: bool) -> None:
-        """``ready`` is called too when ``fd`` can be written."""
-        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
-
-    def unwatch(self, fd: int) -> None:
-        """Ends `watch`. To be called before ``fd`` is closed."""
-        with self._lock:
-            self._watched.pop(fd, None)
-        self._epoll.unregister(fd)
+    @property
+    def busy_s(self) -> float:
+        """Seconds of computing."""
+        return self._busy_s + self.sockets.served[1]
 
     def progress_age_s(self) -> float:
         """Seconds since the thread last finished or began a call; 0 when it has nothing to do."""
+        since_s = self.sockets.served[2]
         with self._lock:
-            return self._clock() - self._progress_s if self._heap or self._busy else 0.0
+            age_s = self._clock() - self._progress_s if self._heap or self._busy else 0.0
+        return max(age_s, time.monotonic() - since_s if since_s else 0.0)
+
+    def between_calls(self, change: Callable[[], None]) -> None:
+        """Runs what changes that which calls are computed with, in the compute thread while it computes none; waits
+        for it. (A thread that was lent may compute, with what it took before.)
+
+        Raises:
+            Unavailable: the thread has not come to it within `CHANGE_S`, or ends.
+        """
+        done: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the group is shutting down")
+            self._changes.append((change, done))
+        self.sockets.ring()
+        try:
+            done.result(CHANGE_S)
+        except TimeoutError:
+            if done.cancel():
+                raise Unavailable(f"the group's thread has been computing for {CHANGE_S:.0f} s") from None
+            done.result()
+
+    def _change(self) -> None:
+        with self._lock:
+            changes, self._changes = self._changes, []
+        for change, done in changes:
+            if done.set_running_or_notify_cancel():
+                try:
+                    change()
+                except Exception as exc:
+                    log.exception("a change between calls failed")
+                    done.set_exception(exc)
+                else:
+                    done.set_result(None)
 
     def close(self) -> None:
         """Ends the thread; queued calls fail."""
@@ -176,9 +204,13 @@ class ExpertHost:
                 return
             self._closed = True
             queued, self._heap = self._heap, []
-            os.eventfd_write(self._bell, 1)
+            changes, self._changes = self._changes, []
+            self.sockets.ring()
         for entry in queued:
             entry[-1].fail(Unavailable("the group is shutting down"))
+        for _, done in changes:
+            if done.set_running_or_notify_cancel():  # else whoever wanted it has given up
+                done.set_exception(Unavailable("the group is shutting down"))
         self._thread.join(timeout=10)
         if self._computes.acquire(timeout=10):  # a thread that was lent may still compute
             self._computes.release()
@@ -196,11 +228,14 @@ class ExpertHost:
             if asleep:
                 self._asleep = False
         if asleep:
-            os.eventfd_write(self._bell, 1)
+            self.sockets.ring()
 
     def _run(self) -> None:
+        self._get_ready()
         while not self._closed:
             self._listen()
+            if self._changes:
+                self._change()
             if self._heap:
                 with self._computes:
                     self._compute_next()
@@ -235,7 +270,7 @@ class ExpertHost:
             self._answer(queued_s, call, rows, pending)
         finally:
             now_s = self._clock()
-            self.busy_s += now_s - self._progress_s
+            self._busy_s += now_s - self._progress_s
             self._progress_s, self._busy = now_s, False
 
     def _listen(self) -> None:
@@ -245,21 +280,17 @@ class ExpertHost:
             self._asleep = not self._heap and not self._closed
         waits, slept = self._asleep, False
         for _ in range(MAX_ROUNDS):
-            events = self._epoll.poll(0.0)
-            if not events and waits:
-                events, slept = self._epoll.poll(1.0), True
-            waits = False
+            found = self.sockets.poll(waits, serves=not self._heap)
+            slept, waits = slept or found.slept, False
             self._asleep = False
-            if not events:
+            if not found.events or found.only_bell:
                 return
-            if events == self._only_bell:
-                return
-            self._fresh = alone = slept and len(events) == 1
-            for fd, event in events:
-                ready = self._watched.get(fd)
+            self._fresh = alone = slept and len(found.events) == 1
+            for fd, event in found.events:
+                ready = self.sockets.ready(fd)
                 if ready is not None:
                     try:
-                        ready(event)
+                        ready(event, found.size)
                     except Exception:
                         log.exception("reading a local socket failed")
             if alone and not self._fresh:
@@ -277,7 +308,7 @@ class ExpertHost:
             pending.fail(DeadlineExceeded(f"the call waited {waited_s:.3f} s, longer than its {call.timeout_ms} ms"))
             return
         if answer(self._compute, call, rows, pending, waited_s, self._clock, self._notes, self._observe):
-            self.calls += 1
+            self._calls += 1
 
 
 def _yield_to_senders() -> None:
@@ -290,115 +321,3 @@ def _yield_to_senders() -> None:
     with contextlib.suppress(OSError, AttributeError):  # not every system has it, or lets us
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def answer(
-    compute: Compute,
-    call: LayerCall,
-    rows: LayerRows,
-    pending: PendingReply,
-    waited_s: float,
-    clock: Clock,
-    notes: LoadNotes,
-    observe: Observe | None,
-) -> bool:
-    """Computes a call and sets its reply, or its error; whether it was a reply."""
-    try:
-        pending.resolve(reply_to(compute, call, rows, waited_s, clock, notes, observe))
-    except ExpertMeshError as exc:
-        pending.fail(exc)
-        return False
-    return True
-
-
-def reply_to(
-    compute: Compute,
-    call: LayerCall,
-    rows: LayerRows,
-    waited_s: float,
-    clock: Clock,
-    notes: LoadNotes,
-    observe: Observe | None,
-) -> LayerReply:
-    """Computes a call.
-
-    Raises:
-        ExpertMeshError: it could not be computed.
-    """
-    notes.reset()
-    started_s = clock()
-    try:
-        partial_TH = compute(call.layer, rows)
-    except ExpertMeshError:
-        raise
-    except Exception as exc:
-        log.exception("layer %d failed", call.layer)
-        raise InternalError(f"computing layer {call.layer} failed: {type(exc).__name__}") from exc
-    load_s = notes.seconds
-    ended_s = clock()
-    reply = LayerReply(partial_TH, waited_s, ended_s - started_s - load_s, load_s, notes.expert, notes.num_bytes)
-    if call.traceparent and observe is not None:
-        observe(call, started_s, ended_s, reply)
-    return reply
-
-
-class InlineHost:
-    """A group in its router's own process: calls are computed by the thread that sends them, which would only wait
-    for another one, on the cores that this other one needs."""
-
-    def __init__(
-        self,
-        compute: Compute,
-        clock: Clock = time.monotonic,
-        notes: LoadNotes | None = None,
-        observe: Observe | None = None,
-        on_order: OnOrder | None = None,
-    ) -> None:
-        self._on_order = on_order
-        self._compute, self._clock = compute, clock
-        self._notes, self._observe = notes or LoadNotes(), observe
-        self.calls = 0
-        self.busy_s = 0.0
-        self._since_s: float | None = None
-
-    def submit(self, call: LayerCall, rows: LayerRows, pending: PendingReply, lend: Lend | None = None) -> None:
-        """Computes the call; ``pending`` has its answer afterwards."""
-        try:
-            pending.resolve(self.at_once(call, rows))
-        except ExpertMeshError as exc:
-            pending.fail(exc)
-
-    def at_once(self, call: LayerCall, rows: LayerRows) -> LayerReply:
-        """Computes the call.
-
-        Raises:
-            ExpertMeshError: it could not be computed.
-        """
-        # A local one: another thread may probe the group meanwhile.
-        self._since_s = since_s = self._clock()
-        try:
-            reply = reply_to(self._compute, call, rows, 0.0, self._clock, self._notes, self._observe)
-            self.calls += 1
-            return reply
-        finally:
-            self.busy_s += self._clock() - since_s
-            self._since_s = None
-
-    def work(self) -> None:
-        """Nothing is left to do."""
-
-    def cancel(self, pending: PendingReply) -> None:
-        """Every call has been answered already."""
-
-    def order(self, order: Order) -> None:
-        """As `ExpertHost.order`."""
-        if self._on_order is not None:
-            self._on_order(order)
-
-    def progress_age_s(self) -> float:
-        """Seconds since the call in progress began; 0 when there is none."""
-        since_s = self._since_s
-        return 0.0 if since_s is None else self._clock() - since_s
-
-    def close(self) -> None:
-        """Nothing to end."""

@@ -7,6 +7,8 @@ thread of the `ExpertHost`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -24,6 +26,7 @@ from cluster.core import LayerCall
 from cluster.errors import ExpertMeshError, InternalError, InvalidArgument
 from cluster.experts.host import ExpertHost
 from cluster.experts.identity import Identity
+from cluster.kernels.door import UNREAD, Answers, can_listen
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
 from cluster.transport.codec import (
@@ -45,10 +48,7 @@ from cluster.transport.codec import (
 from cluster.transport.greeting import FRAME_BYTES, NONCE_BYTES
 from cluster.transport.handshake import decode_hello, encode_welcome
 from cluster.transport.mapped import SEALS, copy_out, map_memory
-from cluster.transport.replies import (
-    encode_error,
-    reply_header,
-)
+from cluster.transport.replies import ANSWERED_AT, REPLY_BYTES, encode_error, put_reply_header, reply_header
 from cluster.transport.shm import MEMORY_BYTES
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ _CALL, _CANCEL, _WAKE, _ORDER = int(Kind.CALL), int(Kind.CANCEL), int(Kind.WAKE)
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_FORMS, MAX_COUNTS = 4096, 64
 """Forms of calls that are known, and of each the numbers of pairs."""
+MAX_MOVED_BYTES = 1024 * 1024
+"""Of an answer that is moved by who keeps the interpreter's lock meanwhile."""
 MAX_HANDSHAKES = 16
 """Connections that are being checked at the same time; more wait in the socket's backlog."""
 
@@ -67,6 +69,8 @@ class ShmServer:
     def __init__(self, identity: Identity, host: ExpertHost) -> None:
         self._identity, self._host = identity, host
         self.address = f"expertmesh-{uuid.uuid4().hex}"
+        if host.served is not None:
+            host.sockets.serve(host.served, reply_header(0, LayerReply(torch.empty((0, 0))), Placement.SHARED))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(b"\0" + self.address.encode())
         self._socket.listen(MAX_HANDSHAKES)
@@ -95,6 +99,7 @@ class ShmServer:
 
     def _greet(self, connection: socket.socket) -> None:
         fds: list[int] = []
+        peer: _Peer | None = None
         try:
             connection.settimeout(HANDSHAKE_TIMEOUT_S)
             frame, fds, _, _ = socket.recv_fds(connection, FRAME_BYTES, 4)
@@ -124,7 +129,10 @@ class ShmServer:
             connection.send(encode_welcome(welcome))
         except (OSError, ValueError) as exc:
             log.warning("handshake on the local socket failed: %s", exc)
-            connection.close()
+            if peer is None:
+                connection.close()
+            else:
+                peer.hang_up()  # the compute thread has it, and its descriptor must not be another's before it knows
         finally:
             for fd in fds:
                 os.close(fd)
@@ -207,8 +215,9 @@ class _Peer:
         self._base = memory.ctypes.data
         self._fd = connection.fileno()
         self.calls: dict[int, _ShmReply] = {}
-        self._frame = bytearray(FRAME_BYTES)
-        self._view = memoryview(self._frame)
+        self._frame = (ctypes.c_char * FRAME_BYTES)()
+        self._view = memoryview(self._frame).cast("B")
+        self._answers = Answers(self._fd, REPLY_BYTES, ANSWERED_AT) if can_listen() else None
         self._forms: dict[bytes, _Known] = {}
         self._send_lock = threading.Lock()
         self._backlog: deque[bytes] = deque()
@@ -217,7 +226,8 @@ class _Peer:
     def start(self) -> None:
         """Hands the socket to the compute thread."""
         self._socket.setblocking(False)
-        self._host.watch(self._fd, self._ready)
+        frame = ctypes.addressof(self._frame), FRAME_BYTES
+        self._host.sockets.watch(self._fd, self._ready, frame, (self._base, self._memory.size))
 
     def hang_up(self) -> None:
         """Ends the connection; the compute thread sees it and cleans up."""
@@ -226,27 +236,28 @@ class _Peer:
 
     # -- in the compute thread -------------------------------------------------------------------------------------
 
-    def _ready(self, _events: int) -> None:
+    def _ready(self, _events: int, size: int) -> None:
         if self._backlog:
             self._flush()
-        try:
-            size = self._socket.recv_into(self._frame)
-        except BlockingIOError:
+        if size == UNREAD:
+            try:
+                size = self._socket.recv_into(self._frame)
+            except OSError as exc:
+                size = -(exc.errno or errno.EIO)
+        if size == -errno.EAGAIN:
             return
-        except OSError:
-            size = 0
-        if not size:
+        if size <= 0:
             self.drop()
             return
         frame = self._view[:size]
-        kind = 0
+        kind = frame[0]
         try:
-            while frame and frame[0] == _ORDER:
+            while kind == _ORDER:
                 order, frame = decode_order(frame)
                 self._host.order(order)
                 if not frame:
                     return
-            kind = frame[0]
+                kind = frame[0]
             if kind == _CALL:
                 self._take(frame)
             elif kind == _CANCEL:
@@ -297,7 +308,7 @@ class _Peer:
             return
         self._gone = True
         with contextlib.suppress(OSError, ValueError):
-            self._host.unwatch(self._fd)
+            self._host.sockets.unwatch(self._fd)
         for pending in list(self.calls.values()):
             self._host.cancel(pending)
         self.calls.clear()
@@ -313,8 +324,14 @@ class _Peer:
         if partial_TH.nbytes != form.reply_bytes:
             self.send(encode_error(call_id, InternalError("the answer does not have the call's shape")))
             return
-        copy_out(partial_TH, self._base + form.reply_offset, form.reply_bytes)
-        self.send(reply_header(call_id, reply, Placement.SHARED, time.monotonic()))
+        at = self._base + form.reply_offset
+        if self._answers is None or self._backlog or form.reply_bytes > MAX_MOVED_BYTES:
+            copy_out(partial_TH, at, form.reply_bytes)
+            self.send(reply_header(call_id, reply, Placement.SHARED, time.monotonic()))
+            return
+        put_reply_header(self._answers.packet, call_id, reply, Placement.SHARED)
+        if self._answers.send(partial_TH.data_ptr(), at, form.reply_bytes):
+            self.send(bytes(self._answers.packet))  # which knows what to do
 
     def send(self, frame: bytes) -> None:
         """Never blocks: what the socket does not take waits until it does."""
@@ -325,7 +342,7 @@ class _Peer:
                     return
                 except BlockingIOError:
                     with contextlib.suppress(OSError, ValueError):
-                        self._host.want_write(self._fd, True)
+                        self._host.sockets.want_write(self._fd, True)
                 except OSError:
                     return  # the router is gone; reading tells
             self._backlog.append(frame)
@@ -342,7 +359,7 @@ class _Peer:
                     break
                 self._backlog.popleft()
             with contextlib.suppress(OSError, ValueError):
-                self._host.want_write(self._fd, False)
+                self._host.sockets.want_write(self._fd, False)
 
 
 class _ShmReply(PendingReply):

@@ -46,27 +46,21 @@ from cluster.kernels.exchange import (
     TOTAL,
     WAIT_NS,
 )
+from cluster.kernels.libc import (
+    DONTWAIT,
+    EAGAIN,
+    EINTR,
+    NOSIGNAL,
+    POLLIN,
+    errno_at,
+    now_ns,
+    ppoll,
+    read_packet,
+    send_packet,
+)
 from cluster.kernels.registers import doubles, floats, longs, words
 from cluster.kernels.rows import FIRST
 from cluster.kernels.rows_compiled import add_rows, divide_rows
-
-# Of the C library, by the names that the process knows them by.
-_send = types.ExternalFunction("send", types.int64(types.int32, types.int64, types.int64, types.int32))
-_recv = types.ExternalFunction("recv", types.int64(types.int32, types.int64, types.int64, types.int32))
-_ppoll = types.ExternalFunction("ppoll", types.int32(types.int64, types.int64, types.int64, types.int64))
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
-_errno_at = types.ExternalFunction("__errno_location", types.CPointer(types.int32)())
-
-_MONOTONIC, _POLLIN = 1, 1
-_DONTWAIT, _NOSIGNAL = 0x40, 0x4000
-_EINTR, _EAGAIN = 4, 11
-_SECOND = 1_000_000_000
-
-
-@njit  # type: ignore[untyped-decorator]
-def _now(scratch: int) -> Any:
-    _clock_gettime(_MONOTONIC, scratch)
-    return longs(scratch)[0] * _SECOND + longs(scratch)[1]
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -104,41 +98,41 @@ def _send_all(work: Any) -> None:
         words(header + ids_at)[0] = pairs
         before, state = work[at + BEFORE], SENT
         while True:
-            if _send(work[at + FD], header - before, size + before, _DONTWAIT | _NOSIGNAL) >= 0:
+            if send_packet(work[at + FD], header - before, size + before, DONTWAIT | NOSIGNAL) >= 0:
                 break
-            error = _errno_at()[0]
-            if error != _EINTR:
-                state = FULL if error == _EAGAIN else BROKEN
+            error = errno_at()[0]
+            if error != EINTR:
+                state = FULL if error == EAGAIN else BROKEN
                 work[at + SIZE] = -error
                 break
         work[at + STATE] = state
         told[0] = state
     for i in range(T * H):
         floats(total)[i] = 0.0
-    work[base + SENT_NS] = _now(work[base + SCRATCH])
+    work[base + SENT_NS] = now_ns(work[base + SCRATCH])
 
 
 @njit  # type: ignore[untyped-decorator]
 def _read(work: Any, at: int, ends_ns: int, scratch: int) -> int:
     """One packet of a link, if it comes before the end."""
     while True:
-        left, flags = ends_ns - _now(scratch), 0
+        left, flags = ends_ns - now_ns(scratch), 0
         if left < TICK_NS:  # a socket's own limit is coarse
-            flags = _DONTWAIT
+            flags = DONTWAIT
             if left > 0:
                 longs(scratch)[0], longs(scratch)[1] = 0, left
-                longs(scratch)[2] = (work[at + FD] & 0xFFFFFFFF) | (_POLLIN << 32)
-                _ppoll(scratch + 16, 1, scratch, 0)
-        size = _recv(work[at + FD], work[at + BUFFER], work[at + BUFFER_BYTES], flags)
+                longs(scratch)[2] = (work[at + FD] & 0xFFFFFFFF) | (POLLIN << 32)
+                ppoll(scratch + 16, 1, scratch, 0)
+        size = read_packet(work[at + FD], work[at + BUFFER], work[at + BUFFER_BYTES], flags)
         work[at + SIZE] = size
         if size > 0:
             return GOOD
         if size == 0:
             return BROKEN
-        error = _errno_at()[0]
-        if error == _EAGAIN and left <= 0:
+        error = errno_at()[0]
+        if error == EAGAIN and left <= 0:
             return LATE
-        if error != _EAGAIN and error != _EINTR:
+        if error != EAGAIN and error != EINTR:
             work[at + SIZE] = -error
             return BROKEN
 
@@ -157,7 +151,7 @@ def _wait_for_all(work: Any) -> None:
     base = _base_of(work)
     found, G, T, H = longs(work[11]), work[7], work[8], work[10]
     scratch = work[base + SCRATCH]
-    began_ns = _now(scratch)
+    began_ns = now_ns(scratch)
     work[base + BEGAN_NS] = began_ns
     ends_ns = began_ns + work[base + WAIT_NS]
     work[base + STATE_OF_ALL] = 1
@@ -170,7 +164,7 @@ def _wait_for_all(work: Any) -> None:
         group = work[at + GROUP]
         rows = found[FIRST + G + 1 + group + 1]
         state = _read(work, at, ends_ns, scratch)
-        told[8] = _now(scratch) * 1e-9
+        told[8] = now_ns(scratch) * 1e-9
         if state == GOOD and not _as_hoped(work, at, work[base + GOOD_WORD], rows, H):
             state = OTHER
         work[at + STATE] = state
@@ -181,7 +175,7 @@ def _wait_for_all(work: Any) -> None:
         add_rows(work[base + TOTAL], T, H, index, work[at + REPLY], rows)
         for i in range(4):
             told[4 + i] = doubles(work[at + BUFFER] + TIMES)[i]
-        told[9] = _now(scratch) * 1e-9
+        told[9] = now_ns(scratch) * 1e-9
     work[base + STATE_OF_ALL] = 0
 
 

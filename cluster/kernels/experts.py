@@ -16,19 +16,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cluster.kernels.team import Work, kept_alone, kept_team, team, work_of
+from cluster.kernels.served import ServedLayer
+from cluster.kernels.team import Work, address_of, kept_alone, kept_team, team, work_of
 from cluster.kernels.tiles import DTYPES, HEADER, INPUTS, PIECE, can_tile, fits_scales, panel_rows
 
 STATUS, NUM, SORTED = 0, 1, 2
 """Where a plan has its outcome, the number of slots that have rows, and the work of a product: its header, these slots,
 and where the rows of each begin."""
 BAD_EXPERT, BAD_ROW, MISSING = 1, 2, 3
+UP, UP_SIZE, UP_SCALES, DOWN, DOWN_SIZE, DOWN_SCALES = range(6)
+SLOT_OF, EXPERTS, SLOTS, INNER, ROW, MOST = range(6, 12)
+SORT, GATED, PRODUCT, COMBINE = range(12, 16)
+NUMBERS = 16
+"""Numbers of a layer that is served (`cluster.kernels.served`): where its two weights are, bytes of a number of each,
+where their scales are; the slots of experts, and how many experts and slots; inner size, and width of a row; rows of a
+call at most; and where the four steps are."""
 _COMPILED = "experts_compiled"
-_SMALL = 64 * 1024
+SMALL = 64 * 1024
 """Floats of all pairs' rows up to which one thread moves them: a second one takes longer to begin."""
 _PER_PIECE = 32 * 1024
 """Floats that a thread moves at a time otherwise, if not a panel of rows."""
 _KEPT_BYTES = 128 * 1024**2
+SERVED_LONGS = 96
+"""Numbers of the steps of a call that is served, but for those of its pairs, rows and slots."""
 _PLANS = 512
 """Kept at most; a few KiB each."""
 
@@ -39,7 +49,7 @@ class _Plan:
     def __init__(self, num_tokens: int, num_pairs: int, slots: int, hidden: int, inner: int) -> None:
         T, P, H = num_tokens, num_pairs, hidden
         self.one = T == 1  # every pair has the same row, where it is
-        self.moves_few = P * H <= _SMALL
+        self.moves_few = P * H <= SMALL
         self.x_row = 0 if self.one else 4 * (H + INPUTS)  # so far apart rows do not clash: see `cluster.kernels.tiles`
         self.num_floats = P * ((0 if self.one else H + INPUTS) + 2 * inner + H)
         own = HEADER + 2 * min(P, slots) + 2  # of a product, with its counter
@@ -115,7 +125,7 @@ class GatedExperts:
         self._weights = up, down  # they stay where they are
         up_SGH, down_SHI = up.weight_SNK, down.weight_SNK
         self._up_at, self._down_at = up_SGH.data_ptr(), down_SHI.data_ptr()
-        self._up_kind, self._down_kind = up.kind, down.kind
+        self._up_kind, self._down_kind = self._kinds = up.kind, down.kind
         self._panel = panel_rows() if self._up_kind[0] == self._down_kind[0] == 4 else 0
         self._num_slots, self._hidden, self._inner = down_SHI.shape
         lay_out = team("tiles_compiled", "lay_out")
@@ -143,6 +153,22 @@ class GatedExperts:
             gate, through = probe.chunk(2, dim=-1)
             same = torch.allclose(module._apply_gate(probe), F.silu(gate) * through, rtol=1e-5, atol=1e-6)
         return cls(up, down) if same else None
+
+    def served(self, slot_of_E: Any, most_tokens: int) -> ServedLayer:
+        """For calls of few rows, up to ``most_tokens``, that are served by one thread (see `run`)."""
+        numbers = np.zeros(NUMBERS, np.int64)
+        numbers[UP], numbers[DOWN] = self._up_at, self._down_at
+        (numbers[UP_SIZE], numbers[UP_SCALES]), (numbers[DOWN_SIZE], numbers[DOWN_SCALES]) = self._kinds
+        numbers[SLOT_OF], numbers[EXPERTS], numbers[SLOTS] = slot_of_E.ctypes.data, len(slot_of_E), self._num_slots
+        numbers[INNER], numbers[ROW], numbers[MOST] = self._inner, self._hidden, most_tokens
+        steps = (_COMPILED, "sort"), (_COMPILED, "gated"), ("tiles_compiled", "run"), (_COMPILED, "combine")
+        numbers[SORT:] = [address_of(*step) for step in steps]
+        pairs, slots = SMALL // self._hidden, self._num_slots
+        longs = SERVED_LONGS + HEADER + 2 * min(pairs, slots) + 3 * pairs + most_tokens + slots
+        floats = pairs * (self._hidden + INPUTS + 2 * self._inner + self._hidden)
+        kept = numbers, slot_of_E, self
+        needed = 8 * longs + 12 * pairs + 4 * floats + 2 * 64
+        return ServedLayer(address_of(_COMPILED, "serve"), numbers.ctypes.data, needed, kept)
 
     def run(
         self,

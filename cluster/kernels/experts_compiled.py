@@ -8,10 +8,50 @@ import numpy as np
 from numba import njit
 
 from cluster.kernels.compiling import compiled
-from cluster.kernels.experts import BAD_EXPERT, BAD_ROW, MISSING, NUM, SORTED, STATUS
+from cluster.kernels.experts import (
+    BAD_EXPERT,
+    BAD_ROW,
+    COMBINE,
+    DOWN,
+    DOWN_SCALES,
+    DOWN_SIZE,
+    EXPERTS,
+    GATED,
+    INNER,
+    MISSING,
+    MOST,
+    NUM,
+    PRODUCT,
+    ROW,
+    SLOT_OF,
+    SLOTS,
+    SMALL,
+    SORT,
+    SORTED,
+    STATUS,
+    UP,
+    UP_SCALES,
+    UP_SIZE,
+)
 from cluster.kernels.exponential import HIGHEST, REORDERS, exponential
-from cluster.kernels.registers import PANEL, PANELS, floats, longs, next_piece, words
-from cluster.kernels.tiles import HEADER, PIECE
+from cluster.kernels.libc import memcpy
+from cluster.kernels.registers import PANEL, PANELS, floats, longs, next_piece, run_at, words
+from cluster.kernels.served import (
+    HIDDEN,
+    LAYER,
+    NOT_HERE,
+    NUM_PAIRS,
+    OUT,
+    PAIRS,
+    SCRATCH,
+    SCRATCH_BYTES,
+    TOKENS,
+    WIDTH,
+)
+from cluster.kernels.served import (
+    STATUS as CALL_STATUS,
+)
+from cluster.kernels.tiles import HEADER, INPUTS, PIECE
 from cluster.kernels.tiles_compiled import copy_floats, multiply, multiply_panels
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -149,4 +189,65 @@ def _combine(work: Any) -> None:
                 _add_times(total, floats(y_at + place_of[at] * H * 4), weights[pair_of[at]], H)
 
 
-sort, gated, combine = compiled(_sort), compiled(_gated), compiled(_combine)
+@njit  # type: ignore[untyped-decorator]
+def _up_to(at: int, bytes_each: int) -> int:
+    return (at + bytes_each - 1) // bytes_each * bytes_each
+
+
+def _serve(call: Any) -> None:
+    """A whole call of few rows, by one thread: what `GatedExperts.run` does."""
+    layer, T, H, P = longs(call[LAYER]), call[TOKENS], call[WIDTH], call[NUM_PAIRS]
+    S, inner = layer[SLOTS], layer[INNER]
+    call[CALL_STATUS] = NOT_HERE
+    if layer[ROW] != H or T < 1 or layer[MOST] < T or P < 1 or P * H > SMALL:
+        return
+    used = min(P, S)
+    at = _up_to(call[SCRATCH], 64)
+    sort, gated, combine, plan = at, at + 8 * 20, at + 8 * 36, at + 8 * 50
+    product = plan + 8 * SORTED
+    rows_of = product + 8 * (HEADER + 2 * used + 2)
+    places, pairs_of, ends = rows_of + 8 * P, rows_of + 16 * P, rows_of + 24 * P
+    starts = ends + 8 * T
+    pairs = starts + 8 * S
+    gates = _up_to(pairs + 12 * P, 64)
+    ups = gates + 4 * P * inner
+    outputs = ups + 4 * P * inner
+    x_row, x = 0, call[HIDDEN]
+    end = outputs + 4 * P * H
+    if T > 1:
+        x_row, x = 4 * (H + INPUTS), end
+        end += P * x_row
+    if end > call[SCRATCH] + call[SCRATCH_BYTES]:
+        return
+    memcpy(pairs, call[PAIRS], 12 * P)  # the other end may write there; what is checked is what is used
+    numbers = longs(sort)
+    numbers[1], numbers[2], numbers[3], numbers[4] = pairs, pairs + 4 * P, layer[SLOT_OF], layer[EXPERTS]
+    numbers[5], numbers[6], numbers[7], numbers[8] = T, P, S, plan
+    numbers[9], numbers[10], numbers[11], numbers[12], numbers[13] = rows_of, ends, places, pairs_of, starts
+    numbers[14], numbers[15], numbers[16], numbers[17] = call[HIDDEN], (x if T > 1 else 0), x_row, H
+    run_at(layer[SORT], sort)
+    if longs(plan)[STATUS] != 0:
+        return
+    num = longs(plan)[NUM]
+    numbers, counter = longs(gated), sort  # whose numbers have been used
+    numbers[0], numbers[1], numbers[2], numbers[3], numbers[4] = counter, x, layer[UP], gates, H
+    numbers[5], numbers[6], numbers[7], numbers[8] = inner, num, -(-inner // PIECE), x_row
+    numbers[9], numbers[10], numbers[11], numbers[12], numbers[13] = ups, plan, layer[UP_SIZE], layer[UP_SCALES], 0
+    longs(counter)[0] = 0
+    run_at(layer[GATED], gated)
+    numbers = longs(product)
+    numbers[0], numbers[1], numbers[2], numbers[3], numbers[4] = counter, gates, layer[DOWN], outputs, inner
+    numbers[5], numbers[6], numbers[7], numbers[8] = H, num, -(-H // PIECE), 4 * inner
+    numbers[9], numbers[10], numbers[11] = layer[DOWN_SIZE], layer[DOWN_SCALES], 0
+    longs(counter)[0] = 0
+    run_at(layer[PRODUCT], product)
+    numbers = longs(combine)
+    numbers[0], numbers[1], numbers[2], numbers[3], numbers[4] = counter, outputs, call[OUT], H, T
+    numbers[5], numbers[6], numbers[7], numbers[8], numbers[9] = 0, T, ends, places, pairs_of
+    numbers[10] = pairs + 8 * P
+    longs(counter)[0] = 0
+    run_at(layer[COMBINE], combine)
+    call[CALL_STATUS] = 0
+
+
+sort, gated, combine, serve = compiled(_sort), compiled(_gated), compiled(_combine), compiled(_serve)

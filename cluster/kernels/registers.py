@@ -60,6 +60,21 @@ doubles = _pointer(_DOUBLE, types.float64)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def run_at(typing: Any, function: Any, numbers: Any) -> Any:
+    """Runs what `cluster.kernels.compiling.compiled` made, by its address, on numbers at an address."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
+        function, numbers = (
+            builder.inttoptr(address, to.as_pointer()) for address, to in zip(arguments, (kind, INT), strict=True)
+        )
+        builder.call(function, [numbers])
+        return _context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def power_of_two(typing: Any, exponent: Any) -> Any:
     """2 to a whole number from -126 to 127, by making its exponent bits."""
 

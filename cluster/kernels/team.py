@@ -48,7 +48,7 @@ def kept_team(module: str, name: str = "run") -> Kept | None:
     """The same, for numbers that are kept."""
     try:
         parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel  # by this name it is the one that torch has loaded
-        address = _address(module, name)
+        address = address_of(module, name)
     except (OSError, AttributeError, ImportError) as exc:
         log.warning("%s is not used, which is slower: %s", module, exc)
         return None
@@ -72,13 +72,13 @@ def alone(module: str, name: str = "run") -> Team:
 def kept_alone(module: str, name: str = "run") -> Kept:
     """The same, for numbers that are kept."""
     # It keeps the interpreter's lock, since to give it away and get it back takes as long.
-    return _kept(ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_address(module, name)))
+    return _kept(ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address_of(module, name)))
 
 
 @functools.cache
 def kept_waiting(module: str, name: str) -> Kept:
     """As `kept_alone`, of a function that waits: it gives the interpreter's lock away."""
-    return _kept(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address(module, name)))
+    return _kept(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address_of(module, name)))
 
 
 def _kept(call: Callable[[Work], object]) -> Kept:
@@ -100,6 +100,7 @@ def release_team() -> None:
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(_PAUSE_SOFT)
 
 
-def _address(module: str, name: str) -> int:
+def address_of(module: str, name: str) -> int:
+    """Of a compiled function of a module of this package."""
     address: int = getattr(importlib.import_module(f"cluster.kernels.{module}"), name).address
     return address

@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 import functools
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class ReplyStatus(enum.IntEnum):
 _REPLY = struct.Struct("<4B2IQ4dQi4x")
 _REPLY_TIMES = struct.Struct("<Q4dQi")
 _REPLY_FORM_BYTES = 12
+REPLY_BYTES, ANSWERED_AT = _REPLY.size, 36
+"""Bytes of the header, and where in it the time of the answer is."""
 
 
 class ReplyHead(NamedTuple):
@@ -62,25 +64,21 @@ class ReplyHead(NamedTuple):
     load_expert: int
 
 
-def reply_header(call_id: int, reply: LayerReply, placement: Placement, answered_s: float = 0.0) -> bytes:
-    """The header of a good reply."""
+def _fields(call_id: int, reply: LayerReply, placement: Placement, answered_s: float) -> tuple[Any, ...]:
     partial_TH, queue_s, compute_s, load_s, expert, num_bytes = reply
     rows, width = partial_TH.shape
-    return _REPLY.pack(
-        _KIND_REPLY,
-        _STATUS_OK,
-        placement,
-        0,
-        rows,
-        width,
-        call_id,
-        queue_s,
-        compute_s,
-        answered_s,
-        load_s,
-        num_bytes,
-        expert,
-    )
+    what = _KIND_REPLY, _STATUS_OK, placement, 0, rows, width, call_id
+    return *what, queue_s, compute_s, answered_s, load_s, num_bytes, expert
+
+
+def reply_header(call_id: int, reply: LayerReply, placement: Placement, answered_s: float = 0.0) -> bytes:
+    """The header of a good reply."""
+    return _REPLY.pack(*_fields(call_id, reply, placement, answered_s))
+
+
+def put_reply_header(into: bytearray, call_id: int, reply: LayerReply, placement: Placement) -> None:
+    """Writes it to the first `REPLY_BYTES` of a buffer, without the time of the answer."""
+    _REPLY.pack_into(into, 0, *_fields(call_id, reply, placement, 0.0))
 
 
 def encode_reply(call_id: int, reply: LayerReply) -> bytes:

@@ -9,7 +9,7 @@ import torch
 
 from cluster.core import GroupInfo, LayerCall, Priority
 from cluster.errors import InternalError, MissingExperts
-from cluster.experts.host import InlineHost
+from cluster.experts.inline import InlineHost
 from cluster.routing.step import StepContext
 from cluster.telemetry.ledger import Stage
 from cluster.transport.base import CallHandler, LayerRows, PendingReply

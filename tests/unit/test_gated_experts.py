@@ -116,7 +116,7 @@ def test_pairs_whose_rows_are_laid_out(
     torch.set_num_threads(threads)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(experts, "_SMALL", 0)  # as if there were more than one thread moves
+            patch.setattr(experts, "SMALL", 0)  # as if there were more than one thread moves
             got = case.run(Scratch())
     finally:
         torch.set_num_threads(before)

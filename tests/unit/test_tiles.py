@@ -165,7 +165,7 @@ for outputs in (44, 100):
         errors.append(got - torch.cat((x[:40] @ full[2].T, x[40:] @ full[0].T)))
     each = [torch.randn(size, 96) for size in (outputs, 8)]
     errors += [got - x @ weight.T for weight, got in zip(each, TiledWeights(each).products(x))]
-experts._SMALL = 0
+experts.SMALL = 0
 up, down = 0.1 * torch.randn(2, 160, 96), 0.1 * torch.randn(2, 96, 80)
 gate = lambda hidden: F.silu(hidden.chunk(2, -1)[0]) * hidden.chunk(2, -1)[1]
 module = SimpleNamespace(has_gate=True, _apply_gate=gate)
