@@ -256,6 +256,9 @@ def test_a_collector_gets_well_formed_traces_and_may_die_hang_and_return(
             before = len(system.records)
             jobs: list[Callable[[], object]] = [lambda: system.ask(10, 8, tracer=False) for _ in range(number)]
             system.load(jobs, 4)
+            ends_s = time.monotonic() + 10  # a record is written when the last byte has gone: the client may be first
+            while len(system.records) < before + number and time.monotonic() < ends_s:
+                time.sleep(0.01)
             new = system.records[before:]
             assert len(new) == number
             assert not [record for record in new if record.error_code]
