@@ -159,11 +159,13 @@ def _serves(work: Any, link: Any, size: int) -> Any:
         ended_ns = now_ns(work[SCRATCH_AT])
         doubles(answer + ANSWER_COMPUTE)[0] = (ended_ns - began_ns) * _SECONDS
         doubles(answer + ANSWER_DONE)[0] = ended_ns * _SECONDS
-        good = _sent(link[FD], answer, work[GOOD_BYTES]) == 0
         work[BUSY_NS] += ended_ns - began_ns
+        work[SERVED] += 1  # before anybody may have the answer
+        work[SINCE_NS] = 0
+        good = _sent(link[FD], answer, work[GOOD_BYTES]) == 0
+        if not good:
+            work[SERVED] -= 1
     work[SINCE_NS] = 0
-    if good:
-        work[SERVED] += 1
     return good
 
 
