@@ -18,6 +18,8 @@ Compute = Callable[[int, LayerRows], torch.Tensor]
 Observe = Callable[[LayerCall, float, float, LayerReply], None]
 """(call with a traceparent, when it was taken, when it was done by the monotonic clock, its reply)."""
 OnOrder = Callable[[Order], None]
+Lend = Callable[[], object]
+"""Wakes a thread that a host may have for one call."""
 
 
 def answer(

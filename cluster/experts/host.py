@@ -22,7 +22,7 @@ import torch
 
 from cluster.core import Clock, LayerCall, Order, Priority
 from cluster.errors import DeadlineExceeded, ExpertMeshError, Overloaded, Unavailable
-from cluster.experts.answering import Compute, Observe, OnOrder, answer
+from cluster.experts.answering import Compute, Lend, Observe, OnOrder, answer
 from cluster.experts.loads import LoadNotes
 from cluster.experts.sockets import Sockets
 from cluster.kernels.served import ServedLayers
@@ -30,7 +30,6 @@ from cluster.transport.base import LayerRows, PendingReply
 
 log = logging.getLogger(__name__)
 
-Lend = Callable[[], object]
 _PREFILL = int(Priority.PREFILL)
 MAX_LAYERS = 4096
 MAX_QUEUED_BYTES = 1024 * 1024 * 1024

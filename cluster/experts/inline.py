@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from cluster.core import Clock, LayerCall, Order
 from cluster.errors import ExpertMeshError
-from cluster.experts.answering import Compute, Observe, OnOrder, reply_to
+from cluster.experts.answering import Compute, Lend, Observe, OnOrder, reply_to
 from cluster.experts.loads import LoadNotes
 from cluster.transport.base import LayerReply, LayerRows, PendingReply
-
-Lend = Callable[[], object]
 
 
 class InlineHost:

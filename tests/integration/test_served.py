@@ -54,7 +54,7 @@ def experts() -> GatedExperts:
 
 
 class Group:
-    """One with two layers, of which it lacks one expert each; the second has two more rows a call at most."""
+    """One with two layers that are served, of which it lacks one expert each, and a third that is not."""
 
     def __init__(self, compute: Any = None, served: ServedLayers | None = None) -> None:
         self.layers = [experts(), experts()]
@@ -250,7 +250,9 @@ def test_changes_that_fail_or_come_too_late_say_so(group: Group) -> None:
         group.host.between_calls(lambda: None)
 
 
-def test_a_change_is_made_while_calls_keep_coming(group: Group) -> None:
+@contextlib.contextmanager
+def calling(group: Group) -> Iterator[None]:
+    """Calls keep coming meanwhile."""
     stop = threading.Event()
 
     def calls() -> None:
@@ -260,35 +262,28 @@ def test_a_change_is_made_while_calls_keep_coming(group: Group) -> None:
     caller = threading.Thread(target=calls)
     caller.start()
     try:
+        yield
+    finally:
+        stop.set()
+        caller.join()
+
+
+def test_a_change_is_made_while_calls_keep_coming(group: Group) -> None:
+    with calling(group):
         for _ in range(20):
             group.host.between_calls(lambda: None)
-    finally:
-        stop.set()
-        caller.join()
 
 
-def test_calls_that_are_served_keep_neither_others_waiting_nor_the_thread_from_saying_that_it_goes_on() -> None:
-    group = Group()
-    stop, ages = threading.Event(), []
-
-    def calls() -> None:
-        while not stop.is_set():
-            group.call(0, some(2))
-
-    caller = threading.Thread(target=calls)
-    caller.start()
-    try:
+def test_calls_that_are_served_keep_neither_others_waiting_nor_the_thread_from_saying_that_it_goes_on(
+    group: Group,
+) -> None:
+    with calling(group):
         time.sleep(2.5)
-        call = LayerCall(1, 1, 0, 1, 1)
-        pending = PendingReply(0, call)
-        group.host.submit(call, some(1), pending, lend=lambda: None)  # whom nobody takes
-        ages.append(group.host.progress_age_s())
+        pending = PendingReply(0, LayerCall(1, 1, 0, 1, 1))
+        group.host.submit(pending.call, some(1), pending, lend=lambda: None)  # whom nobody takes
+        age_s = group.host.progress_age_s()
         pending.wait(Deadline.after(SOON))
-    finally:
-        stop.set()
-        caller.join()
-        group.close()
-    assert ages[0] < 2.0
+    assert age_s < 2.0
 
 
 def test_who_leaves_before_the_welcome_leaves_nothing_behind(group: Group) -> None:
