@@ -1,6 +1,7 @@
-"""A few rows divided among groups, and the groups' answers added again: one compiled call instead of a dozen.
+"""Rows divided among groups, and the groups' answers added again: one compiled call instead of a dozen.
 
-A decode step does it in every layer, between two products that leave nothing of the interpreter in the caches.
+A decode step does it in every layer, between two products that leave nothing of the interpreter in the caches; and
+torch's own sum by index is a small sum for each row, which takes five times as long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from cluster.kernels.team import alone, team
 FIRST, BAD = 1, 1
 """Where, in what a division finds, the groups' numbers begin; and what it says of arguments that make no sense."""
 _COMPILED, _FEW, _MOST_GROUPS = "rows_compiled", 64 * 1024, 8
-"""Floats, and groups, up to which it is done here: there is room for all rows in each group's part."""
+"""Floats, and groups, up to which rows are divided here: there is room for all of them in each group's part."""
+MANY = 1024 * 1024
+"""Floats up to which an exchange divides them: they go where the group reads them, and that memory is kept."""
 
 Parts = list[tuple[int, torch.Tensor | None, torch.Tensor, Any]]
 """(group, the rows' numbers or None where it has all, the rows [n, H], pairs int32 [3, p] as in a `LayerRows`)."""
@@ -28,9 +31,9 @@ def _compiles() -> bool:
     return team(_COMPILED, "divide") is not None
 
 
-def can_divide(hidden_TH: torch.Tensor, num_groups: int) -> bool:
-    """`divide` takes rows like these."""
-    few = hidden_TH.numel() <= _FEW and num_groups <= _MOST_GROUPS
+def can_divide(hidden_TH: torch.Tensor, num_groups: int, most: int = _FEW) -> bool:
+    """`divide` takes rows like these, or with ``most`` of `MANY` an exchange."""
+    few = hidden_TH.numel() <= most and num_groups <= _MOST_GROUPS
     fits = few and hidden_TH.is_cpu and hidden_TH.dtype is torch.float32 and hidden_TH.is_contiguous()
     return fits and _compiles()
 
@@ -103,7 +106,7 @@ def divide_into(
 
 def can_add(total_TH: torch.Tensor, partial_TH: torch.Tensor) -> bool:
     """`add` takes rows like these."""
-    fits = total_TH.numel() <= _FEW and total_TH.dim() == 2 and total_TH.shape[1:] == partial_TH.shape[1:]
+    fits = total_TH.dim() == 2 and total_TH.shape[1:] == partial_TH.shape[1:]
     return (
         fits
         and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in (total_TH, partial_TH))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from cluster.core import GroupId, LayerCall, Priority
-from cluster.kernels.rows import Owners, can_divide
+from cluster.kernels.rows import MANY, Owners, can_divide
 from cluster.routing.caller import Caller
 from cluster.routing.choice import LayerCopies
 from cluster.routing.fabric import Fabric
@@ -113,7 +113,7 @@ class Exchanges:
         ):
             ready = self._ready[layer] = self._find(layer, hidden_TH, num_pairs)
         exchange = ready.exchange
-        if exchange is None or not can_divide(hidden_TH, 1):
+        if exchange is None or not can_divide(hidden_TH, 1, MANY):
             return None
         if len(ready.links) <= num_pairs:  # most of them will be called
             exchange.wake()
@@ -142,7 +142,7 @@ class Exchanges:
         copies = self._fabric.copies(layer)
         num_tokens, width = hidden_TH.shape
         none = _Ready(view, num_tokens, num_pairs, copies)
-        if not (copies.complete and num_pairs and can_divide(hidden_TH, 1 + copies.groups[-1])):
+        if not (copies.complete and num_pairs and can_divide(hidden_TH, 1 + copies.groups[-1], MANY)):
             return none
         links: list[Transport] = []
         carriers: list[ShmTransport] = []

@@ -55,8 +55,8 @@ MEMORY_BYTES = 1024**3
 """Address space of one link. Pages take memory once they are touched, and blocks are taken from the low end."""
 KEPT_BYTES = 32 * 1024**2
 """What is above goes back to the system as soon as a link is idle, seats apart."""
-SEATS_SHARE = 64
-"""The low end of so much is for seats: 16 MiB."""
+SEATS_SHARE = 32
+"""The low end of so much is for seats: 32 MiB."""
 REUSED_BYTES = 512 * 1024
 """Blocks up to this size are kept for the next call of the same shape."""
 TICK_S = TICK_NS * 1e-9

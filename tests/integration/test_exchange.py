@@ -74,6 +74,21 @@ def test_the_sum_is_right_and_each_group_is_asked_once(
     assert not submitted, "every layer was exchanged"
 
 
+def test_rows_of_a_prefill_are_exchanged_too_up_to_a_limit(
+    world_of: Make, submitted: list[LayerCall], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(3, copies=2)
+    dispatcher, given = world.dispatcher(), batch(11_000)
+    got = dispatcher(StepContext(1, Priority.PREFILL), 0, *given)
+    assert torch.allclose(got, wanted(*given), atol=1e-5)
+    assert not submitted
+    monkeypatch.setattr(exchanges, "MANY", 8 * given[0].shape[1])
+    right(world, dispatcher, StepContext(2, Priority.PREFILL), 8)
+    assert not submitted
+    right(world, dispatcher, StepContext(3, Priority.PREFILL), 9)
+    assert submitted
+
+
 def test_the_result_does_not_depend_on_who_answers_first(world_of: Make) -> None:
     given, results = batch(9), []
     for late in (0, 1, 2):

@@ -61,11 +61,13 @@ def test_the_busiest_group_has_little_more_than_its_share(decode: bool) -> None:
 
 def test_copies_spread_decode_by_experts_and_prefill_by_tokens() -> None:
     copies = LayerCopies([(0, 1)] * 6)
-    experts = np.array([0] * 10 + [1, 2, 3, 4, 5])
+    experts = np.array([0] * 50 + [1, 2, 3, 4, 5])
     decode = copies.choose(experts, True, {})
     assert np.bincount(decode).tolist() == [3, 3]
     prefill = copies.choose(experts, False, {})
     assert np.bincount(prefill).tolist() in ([1, 5], [5, 1]), "the busy one is alone"
+    few = copies.choose(experts[45:], False, {})
+    assert np.bincount(few).tolist() == [3, 3], "reading an expert costs something, however few its rows"
     slow = copies.choose(experts, True, {0: 10.0})
     assert np.bincount(slow, minlength=2).tolist() == [0, 6], "a group that is ten times slower is left alone"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kernels.rows import Owners, add, can_add, can_divide, divide, divide_into
+from cluster.kernels.rows import MANY, Owners, add, can_add, can_divide, divide, divide_into
 from cluster.routing.choice import LayerCopies
 from cluster.routing.split import add_rows, split
 
@@ -77,6 +77,8 @@ def test_rows_are_added_to_their_own(num: int) -> None:
 def test_large_ones_and_other_dtypes_go_the_other_way() -> None:
     assert not can_divide(torch.randn(2, 4).bfloat16(), 2)
     assert not can_divide(torch.randn(700, 1024), 2)
+    assert can_divide(torch.randn(700, 1024), 2, MANY)
+    assert not can_divide(torch.randn(1100, 1024), 2, MANY)
     assert not can_divide(torch.randn(2, 4), 9)
     assert not can_add(torch.randn(2, 4), torch.randn(2, 8)[:, ::2])
     rows_P, experts_P = np.repeat(np.arange(6), 2), np.random.default_rng(1).integers(0, 5, 12)
