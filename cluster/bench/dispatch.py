@@ -29,7 +29,7 @@ from cluster.bench.children import end
 from cluster.bench.echo import FLOOR_METHOD, IDENTITY, receive_exactly
 from cluster.core import Deadline, LayerCall
 from cluster.errors import InternalError, InvalidArgument, LinkBroken
-from cluster.kernels.rows import Owners, can_divide
+from cluster.kernels.rows import MANY, Owners, can_divide
 from cluster.rpc.v1 import links_pb2
 from cluster.transport.base import LayerRows, Transport
 from cluster.transport.collective import available
@@ -132,14 +132,14 @@ def layer_rows(tokens: int, hidden: int) -> LayerRows:
 
 
 class Caller:
-    """Layer calls over one link, made as the dispatcher makes them: few rows over shared memory by an exchange. `check`
-    compares an answer bit by bit."""
+    """Layer calls over one link, made as the dispatcher makes them: up to `MANY` floats over shared memory by an
+    exchange. `check` compares an answer bit by bit."""
 
     def __init__(self, link: Transport, rows: LayerRows) -> None:
         self._link, self._rows, self._ids = link, rows, itertools.count(time.monotonic_ns())
         self._exchange: ShmExchange | None = None
         tokens, hidden = rows.hidden_TH.shape
-        if isinstance(link, ShmTransport) and can_divide(rows.hidden_TH, 1):
+        if isinstance(link, ShmTransport) and can_divide(rows.hidden_TH, 1, MANY):
             self._exchange = ShmExchange.over([link], tokens, hidden, rows.pairs_3P.shape[1], EXPERTS)
         self._owners = Owners(np.zeros(EXPERTS, np.int64), None)
         self._kept = [rows.pairs_3P[0].astype(np.int64), rows.pairs_3P[1].astype(np.int64), rows.pairs_3P[2].copy()]

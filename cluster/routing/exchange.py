@@ -1,4 +1,4 @@
-"""Few rows to groups that are all reached over shared memory: a layer's calls are sent, and answered, together.
+"""Rows to groups that are all reached over shared memory: a layer's calls are sent, and answered, together.
 
 What `split`, `Caller.send` and `Caller.reply` do one after the other, and for each group anew, is two compiled calls
 here. Between two copies of an expert the first of them chooses by itself, unless a group is known to be slower than

@@ -1,4 +1,4 @@
-"""Layer calls of few rows to several groups over shared memory, sent and answered together by two compiled calls.
+"""Layer calls to several groups over shared memory, sent and answered together by two compiled calls.
 
 Each link keeps a seat for them: memory for rows, pairs and answer, and a header of which only the numbers change. A
 call that does not end well becomes one of its link's, with its seat, as if the link had sent it.
