@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cluster.kernels.rows import FIRST, Owners
+from cluster.kernels.rows import FEW, FIRST, Owners
 from cluster.kernels.team import kept_alone, kept_waiting, work_of
 
 IDLE, SENT, GOOD, OTHER, BROKEN, LATE, FULL = range(7)
@@ -107,7 +107,8 @@ class Exchange:
         self._base = 1 + len(division)
         self._at = [self._base + NUMBERS + LINK * number for number in range(len(seats))]
         self._work = work_of([*division, *general, *links])
-        self._send, self._wait = kept_alone(_COMPILED, "send"), kept_waiting(_COMPILED, "wait")
+        self._send_few, self._wait = kept_alone(_COMPILED, "send"), kept_waiting(_COMPILED, "wait")
+        self._send_many, self._width = kept_waiting(_COMPILED, "send"), width
 
     def put_before(self, number: int, num_bytes: int) -> None:
         """So many bytes in front of a link's header are sent with it from now on."""
@@ -138,7 +139,7 @@ class Exchange:
         work[base + TOTAL] = total_at
         for at in self._at:
             work[at + CALL] = call_id
-        self._send(work)
+        (self._send_few if num_rows * self._width <= FEW else self._send_many)(work)
         if work[base + STATE_OF_ALL]:
             raise IndexError(f"{num_pairs} pairs on {num_rows} rows, of {self._num_experts} experts")
         return float(work[base + SENT_NS]) * 1e-9

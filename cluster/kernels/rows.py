@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.kernels.team import alone, team
+from cluster.kernels.team import alone, kept_waiting, team, work_of
 
 FIRST, BAD = 1, 1
 """Where, in what a division finds, the groups' numbers begin; and what it says of arguments that make no sense."""
-_COMPILED, _FEW, _MOST_GROUPS = "rows_compiled", 64 * 1024, 8
-"""Floats, and groups, up to which rows are divided here: there is room for all of them in each group's part."""
+_COMPILED, _MOST_GROUPS = "rows_compiled", 8
+FEW = 64 * 1024
+"""Floats up to which rows are divided here: there is room for all of them in each group's part. Where there are more,
+others have the interpreter's lock meanwhile."""
 MANY = 1024 * 1024
 """Floats up to which an exchange divides them: they go where the group reads them, and that memory is kept."""
 
@@ -31,7 +33,7 @@ def _compiles() -> bool:
     return team(_COMPILED, "divide") is not None
 
 
-def can_divide(hidden_TH: torch.Tensor, num_groups: int, most: int = _FEW) -> bool:
+def can_divide(hidden_TH: torch.Tensor, num_groups: int, most: int = FEW) -> bool:
     """`divide` takes rows like these, or with ``most`` of `MANY` an exchange."""
     few = hidden_TH.numel() <= most and num_groups <= _MOST_GROUPS
     fits = few and hidden_TH.is_cpu and hidden_TH.dtype is torch.float32 and hidden_TH.is_contiguous()
@@ -124,4 +126,8 @@ def add(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torc
         raise ValueError(f"row_index: must be {num} int64, got {len(row_index)} of {row_index.dtype}")
     index = None if row_index is None else row_index.contiguous()  # it must live as long as the call
     index_at = 0 if index is None else index.data_ptr()
-    alone(_COMPILED, "add")((total_TH.data_ptr(), T, H, index_at, partial_TH.data_ptr(), num))
+    numbers = total_TH.data_ptr(), T, H, index_at, partial_TH.data_ptr(), num
+    if num * H <= FEW:
+        alone(_COMPILED, "add")(numbers)
+    else:
+        kept_waiting(_COMPILED, "add")(work_of(numbers))

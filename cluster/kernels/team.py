@@ -77,7 +77,7 @@ def kept_alone(module: str, name: str = "run") -> Kept:
 
 @functools.cache
 def kept_waiting(module: str, name: str) -> Kept:
-    """As `kept_alone`, of a function that waits: it gives the interpreter's lock away."""
+    """As `kept_alone`, of a function that waits, or moves much: it gives the interpreter's lock away."""
     return _kept(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address_of(module, name)))
 
 

@@ -1,8 +1,8 @@
 """Rows to groups that are all reached over shared memory: a layer's calls are sent, and answered, together.
 
 What `split`, `Caller.send` and `Caller.reply` do one after the other, and for each group anew, is two compiled calls
-here. Between two copies of an expert the first of them chooses by itself, unless a group is known to be slower than
-another. Where it does not end well, what was sent becomes parts that `Caller.reply` goes on with.
+here. Between two copies of an expert the first of them chooses by itself when it is decode and no group is known to be
+slower than another. Where it does not end well, what was sent becomes parts that `Caller.reply` goes on with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from cluster.core import GroupId, LayerCall, Priority
-from cluster.kernels.rows import MANY, Owners, can_divide
+from cluster.kernels.rows import FEW, MANY, Owners, can_divide
 from cluster.routing.caller import Caller
 from cluster.routing.choice import LayerCopies
 from cluster.routing.fabric import Fabric
@@ -115,7 +115,8 @@ class Exchanges:
         exchange = ready.exchange
         if exchange is None or not can_divide(hidden_TH, 1, MANY):
             return None
-        if len(ready.links) <= num_pairs:  # most of them will be called
+        # Most of them will be called, and soon: while many rows are written they would go to sleep again.
+        if len(ready.links) <= num_pairs and hidden_TH.numel() <= FEW:
             exchange.wake()
         if index_TK.dtype is not torch.int64 or weight_TK.dtype is not torch.float32:
             return None
@@ -162,7 +163,8 @@ class Exchanges:
             kept = {}
             self._kept[copies.groups] = carriers, kept
         num_experts = len(copies.owner_E)
-        key = _up(num_tokens), width, _up(num_pairs), num_experts
+        most = min(_up(num_tokens), max(num_tokens, MANY // width))  # no seat is larger than the largest layer
+        key = most, width, -(-num_pairs // num_tokens) * most, num_experts
         exchange = kept.get(key)
         if exchange is None or exchange.spent:
             if len(kept) >= MAX_KEPT:

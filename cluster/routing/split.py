@@ -12,7 +12,7 @@ import torch
 
 from cluster.core import GroupId, LayerCall
 from cluster.errors import ExpertMeshError
-from cluster.kernels.rows import add, can_add, can_divide, divide
+from cluster.kernels.rows import FEW, add, can_add, can_divide, divide
 from cluster.transport.base import LayerRows, PendingReply, Transport
 from cluster.transport.codec import max_rows
 
@@ -109,7 +109,8 @@ def _by_value(values_P: Ints) -> Iterator[tuple[int, Ints]]:
 def add_rows(total_TH: torch.Tensor, row_index: torch.Tensor | None, partial_TH: torch.Tensor) -> None:
     """Adds rows to the rows of ``total_TH`` that they belong to (None: all)."""
     partial_TH = partial_TH.to(total_TH.device)
-    if can_add(total_TH, partial_TH):
+    # A sum of all rows is torch's best, with all threads; one by index its worst.
+    if can_add(total_TH, partial_TH) and (row_index is not None or total_TH.numel() <= FEW):
         add(total_TH, row_index, partial_TH)
     elif row_index is None:
         total_TH.add_(partial_TH)

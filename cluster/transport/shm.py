@@ -56,7 +56,7 @@ MEMORY_BYTES = 1024**3
 KEPT_BYTES = 32 * 1024**2
 """What is above goes back to the system as soon as a link is idle, seats apart."""
 SEATS_SHARE = 32
-"""The low end of so much is for seats: 32 MiB."""
+"""The low end of so much is for seats: 32 MiB, of which what has been used once stays with the link."""
 REUSED_BYTES = 512 * 1024
 """Blocks up to this size are kept for the next call of the same shape."""
 TICK_S = TICK_NS * 1e-9

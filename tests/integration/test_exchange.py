@@ -309,6 +309,21 @@ def test_memory_of_sizes_that_are_not_used_any_more_comes_back(world_of: Make, m
     assert world.link(0)._memory.num_taken() == 0
 
 
+def test_layers_of_about_one_size_share_a_seat_and_none_is_larger_than_the_largest_layer(
+    world_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(2)
+    dispatcher, width = world.dispatcher(), batch(1)[0].shape[1]
+    for num_tokens in (5, 6, 7, 8, 5):
+        right(world, dispatcher, StepContext(1), num_tokens)
+    assert world.link(0).seats.num_taken() == 1
+    monkeypatch.setattr(exchanges, "MANY", 10 * width)
+    takes, take = [], world.link(0).seats.take
+    monkeypatch.setattr(world.link(0).seats, "take", lambda shape, pairs: takes.append(shape) or take(shape, pairs))
+    right(world, dispatcher, StepContext(1), 9)
+    assert takes == [(10, width)]
+
+
 def test_times_and_calls_are_booked_by_the_end_of_a_step(world_of: Make, submitted: list[LayerCall]) -> None:
     world = world_of(2, layers=3, copies=2)
     dispatcher, step = world.dispatcher(), StepContext(1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kernels.rows import MANY, Owners, add, can_add, can_divide, divide, divide_into
+from cluster.kernels.rows import FEW, MANY, Owners, add, can_add, can_divide, divide, divide_into
 from cluster.routing.choice import LayerCopies
 from cluster.routing.split import add_rows, split
 
@@ -72,6 +72,16 @@ def test_rows_are_added_to_their_own(num: int) -> None:
         add(total, None, whole[:6])
     with pytest.raises(ValueError, match="row_index"):
         add(total, index.int(), partial)
+
+
+def test_many_rows_are_added_too() -> None:
+    total, partial, index = torch.randn(FEW // 8, 16), torch.randn(FEW // 12, 16), torch.randperm(FEW // 8)[: FEW // 12]
+    wanted = total.clone().index_add_(0, index, partial)
+    add_rows(total, index, partial)
+    assert torch.allclose(total, wanted)
+    whole = torch.randn(FEW // 8, 16)
+    add_rows(total, None, whole)
+    assert torch.allclose(total, wanted + whole)
 
 
 def test_large_ones_and_other_dtypes_go_the_other_way() -> None:
