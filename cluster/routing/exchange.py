@@ -163,7 +163,7 @@ class Exchanges:
             kept = {}
             self._kept[copies.groups] = carriers, kept
         num_experts = len(copies.owner_E)
-        most = min(_up(num_tokens), max(num_tokens, MANY // width))  # no seat is larger than the largest layer
+        most = min(_up(num_tokens), MANY // width)  # no seat is larger than the largest layer
         key = most, width, -(-num_pairs // num_tokens) * most, num_experts
         exchange = kept.get(key)
         if exchange is None or exchange.spent:
