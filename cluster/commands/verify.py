@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,33 +11,34 @@ import typer
 from rich.table import Table
 
 from cluster.commands.common import DEFAULT_SERVER, ConfigFile, Json, emit, reporting, stdout, stopping
-from cluster.config import EMBEDDED_MODEL, Config, load_config
+from cluster.config import Config, load_config
 
 
 def verify(
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint directory; repeatable.")] = None,
     groups: Annotated[list[int] | None, typer.Option(help="Expert groups; repeatable.")] = None,
-    copies: Annotated[int, typer.Option(help="Groups that hold each expert.")] = 1,
+    copies: Annotated[int | None, typer.Option(help="Groups that hold each expert.")] = None,
     transport: Annotated[
-        str, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
-    ] = "auto",
+        str | None, typer.Option(help="auto, shm, grpc, nccl, gloo, inproc, or one for each group: shm,grpc.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Random prompts of 8 to 96 tokens.")] = 8,
     tokens: Annotated[int, typer.Option(help="New tokens a prompt.")] = 32,
     in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 4,
     seed: Annotated[int | None, typer.Option(help="Of the prompts; a fresh one by default.")] = None,
     shared_prefix: Annotated[int, typer.Option(help="Tokens that two of three prompts begin with alike.")] = 0,
     expert_dtype: Annotated[
-        str, typer.Option(help="auto, bf16 or int8: of expert weights; other than auto, accuracy is checked instead.")
-    ] = "auto",
+        str | None,
+        typer.Option(help="auto, bf16 or int8: of expert weights; other than auto, accuracy is checked instead."),
+    ] = None,
     expert_memory: Annotated[
-        str, typer.Option(help="Of a group, for experts in memory: all, or bytes such as 512M.")
-    ] = "all",
+        str | None, typer.Option(help="Of a group, for experts in memory: all, or bytes such as 512M.")
+    ] = None,
     config: ConfigFile = None,
     reference: Annotated[
         str | None, typer.Option(help="Compare with this checkpoint instead of the served one.")
     ] = None,
-    address: Annotated[str, typer.Option(help="Ray cluster to join; a local one is started by default.")] = "",
-    front_door: Annotated[str, typer.Option(help="router or serve.")] = "router",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; a local one is started by default.")] = None,
+    front_door: Annotated[str | None, typer.Option(help="router or serve.")] = None,
     as_json: Json = False,
 ) -> None:
     """Serve models and compare every token and logit with plain single-process transformers, in fp32.
@@ -44,6 +46,8 @@ def verify(
     Exit status 0 only if no token differs (but where two experts tie), the largest difference of logits is at most
     1e-4 of their standard deviation, near ties are at most 0.5 %, requests in flight together really shared steps, and
     every group was reached over the transport that was asked for.
+
+    What is not given here is the --config file's, or the default of `serve`.
 
     With --expert-dtype the answers are not exact, and must say so; the exit status is 0 only if the perplexity of
     held-out text rises by less than 1 % (models with a tokenizer).
@@ -56,30 +60,25 @@ def verify(
     from cluster.plan import make_plan
 
     load = checks.Load(prompts, tokens, in_flight, secrets.randbits(32) if seed is None else seed, shared_prefix)
-    # On a cluster, router and groups may be on any host.
-    interface = "0.0.0.0" if address else "127.0.0.1"
-    listen = f"{interface}:0" if front_door == "router" else DEFAULT_SERVER
-    flags = {"dtype": "fp32", "verify": True, "front_door": front_door, "listen": listen, "address": address}
-    flags |= {"expert_dtype": expert_dtype, "expert_memory": expert_memory, "copies": copies}
-
-    def settings(path: str, count: int, kinds: str) -> Config:
-        return load_config(
-            config,
-            flags={**flags, "model": path, "groups": count, "data_plane": {"transport": kinds, "bind": interface}},
-        )
-
-    models = model or [str(EMBEDDED_MODEL)]
-    plans = [make_plan(settings(path, count, transport)) for path in models for count in (groups or [2])]
+    given: dict[str, Any] = {"front_door": front_door, "address": address, "copies": copies}
+    given |= {"expert_dtype": expert_dtype, "expert_memory": expert_memory}
+    given["data_plane"] = {"transport": transport}
+    paths: Sequence[str | None] = model or [None]
+    counts: Sequence[int | None] = groups or [None]
+    each = [{**given, "model": path, "groups": count} for path in paths for count in counts]
+    plans = [make_plan(verified_config(config, flags)) for flags in each]
     reference_path = Path(reference) if reference else None
     if reference_path is not None:
-        make_plan(settings(str(reference_path), 0, "inproc"))  # refuses what is no checkpoint
+        flags = {"model": reference, "groups": 0, "copies": 1, "data_plane": {"transport": "inproc"}}
+        make_plan(verified_config(config, flags))  # refuses what is no checkpoint
     runs: list[dict[str, Any]] = []
     with stopping() as stop, reporting() as progress, composition.RaySession(plans[0].config, progress):
         stop.arm()
         oracles: dict[Path, Reference] = {}
         for number, plan in enumerate(plans, 1):
+            kinds = plan.config.data_plane.transport
             progress(
-                f"[{number}/{len(plans)}] {plan.config.model}, {plan.config.groups} groups over {transport}".replace(
+                f"[{number}/{len(plans)}] {plan.config.model}, {plan.config.groups} groups over {kinds}".replace(
                     "[", "\\["
                 )
             )
@@ -100,7 +99,7 @@ def verify(
                 "arch": oracles[path].arch,
                 "model": plan.config.model,
                 "groups": plan.config.groups,
-                "transport": transport,
+                "transport": kinds,
                 "hosts": [process.host for process in (status.router, *(g.process for g in status.groups))],
                 "links": [group.transport for group in status.groups],
                 "fallbacks": sum(group.link.fallbacks for group in status.groups),
@@ -136,6 +135,21 @@ def verify(
         _verify_table(runs)
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+def verified_config(file: Path | None, flags: dict[str, Any]) -> Config:
+    """What is served to be verified: a file's configuration and ``flags``, as `load_config` takes them, in fp32 and on
+    a port of its own.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    wanted = load_config(file, flags=flags)
+    # On a cluster, router and groups may be on any host.
+    interface = "0.0.0.0" if wanted.address else "127.0.0.1"
+    listen = f"{interface}:0" if wanted.front_door == "router" else DEFAULT_SERVER
+    own = {"dtype": "fp32", "verify": True, "listen": listen}
+    return load_config(file, flags={**flags, **own, "data_plane": {**flags["data_plane"], "bind": interface}})
 
 
 def _quality(address: str, model: Path, oracle: Any, progress: Any) -> dict[str, float]:
