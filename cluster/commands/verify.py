@@ -47,7 +47,7 @@ def verify(
     1e-4 of their standard deviation, near ties are at most 0.5 %, requests in flight together really shared steps, and
     every group was reached over the transport that was asked for.
 
-    What is not given here is the --config file's, or the default of `serve`.
+    What is not given here is as for `serve`: from EXPERTMESH_* variables, the --config file, or its default.
 
     With --expert-dtype the answers are not exact, and must say so; the exit status is 0 only if the perplexity of
     held-out text rises by less than 1 % (models with a tokenizer).
