@@ -2,7 +2,8 @@
 
 *Decode first.* Every running sequence that decodes is in every step. What is left of the budget goes to prefill chunks.
 While anything decodes they are bounded, so that gaps between tokens are: to ``prefill_chunk`` tokens while little
-waits, and with a longer queue to more, since weights are read once a step and small chunks cost throughput. A token
+waits, a small rest included, and with a longer queue to more, since weights are read once a step and small chunks cost
+throughput. A token
 counts for more the longer the history that it attends to, so that chunks of a long prompt take as long as those of
 short ones.
 
@@ -41,6 +42,11 @@ FAIR_PART = 4
 """One part in so many of the prefill budget, and one admission in so many, go to who has waited longest."""
 BACKLOG_PART = 2
 """While anything decodes, one part in so many of what waits for prefill is a step's, if that is more than a chunk."""
+REST_PART = 2
+"""What waits goes in one step if it is no more than a chunk and one part in so many of one: the rest would read all
+weights once more. Prompts of 128 tokens at 1.5 a second, in a model of bench-700m's steps on two Zen 4 cores: the
+median first token came after 267 instead of 376 ms, the last percentile after 1,302 instead of 1,470, and that of gaps
+was 280 instead of 274 ms."""
 STRETCH = 2
 """It is so many chunks at most. bench-700m on two cores, eight sequences decoding: a chunk of 64 tokens took 1.9 times
 what the step takes without, 128 tokens 2.8 times, 256 tokens 5 times."""
@@ -236,7 +242,9 @@ class Scheduler:
         chunk = self._config.prefill_chunk
         backlog = sum(len(s.tokens) - s.computed for s in self._waiting)
         backlog += sum(len(s.tokens) - s.computed for s in self._running if s not in self._taken)
-        return min(left, max(chunk, min(backlog // BACKLOG_PART, STRETCH * chunk)))
+        with_rest = chunk + chunk // REST_PART
+        wanted = with_rest if backlog <= with_rest else max(chunk, backlog // BACKLOG_PART)
+        return min(left, wanted, STRETCH * chunk)
 
     def _take_decodes(self) -> None:
         size = self._pool.block_size

@@ -341,7 +341,7 @@ def prefilled(shares: list[Share]) -> int:
 
 @pytest.mark.parametrize(
     ("waiting", "tokens"),
-    [(20, 20), (39, 20), (60, 30), (80, 40), (5000, 40)],
+    [(20, 20), (30, 30), (31, 20), (39, 20), (60, 30), (80, 40), (5000, 40)],
 )
 def test_the_longer_the_queue_the_larger_the_chunks_beside_a_stream(waiting: int, tokens: int) -> None:
     world = World(step_token_budget=512, prefill_chunk=20)
@@ -350,6 +350,16 @@ def test_the_longer_the_queue_the_larger_the_chunks_beside_a_stream(waiting: int
     for number in range(5):
         world.add(numbered(waiting // 5 + (number < waiting % 5), 10_000 * (number + 1)), 1)
     assert prefilled(world.step()) == tokens
+
+
+@pytest.mark.parametrize("history_tokens", [0, 1000])
+def test_a_prompt_that_is_little_more_than_a_chunk_is_not_computed_in_two_steps(history_tokens: int) -> None:
+    world = World(step_token_budget=512, prefill_chunk=96, history_tokens=history_tokens)
+    world.add([1], 1000)
+    world.step()
+    item = world.add(numbered(128, 10_000), 1)
+    world.step()
+    assert world.first[item] == world.steps
 
 
 def test_chunks_of_a_long_prompt_get_shorter_as_its_history_grows_so_that_steps_take_as_long() -> None:
