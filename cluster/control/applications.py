@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -38,10 +39,15 @@ def group_applications() -> list[GroupId]:
 
 def run_applications(targets: Sequence[serve.RunTarget]) -> None:
     """Runs applications and waits; a failed constructor becomes the error that it raised."""
+    told = ""
     try:
         serve.run_many(targets)
     except (RuntimeError, ray.exceptions.RayError, TimeoutError) as exc:
-        raise _origin(str(exc)) from exc
+        # What Serve raises may name the deployment alone; then only its status says what was wrong with it.
+        with contextlib.suppress(RuntimeError, ray.exceptions.RayError, TimeoutError):
+            running = serve.status().applications
+            told = _told(running[target.name] for target in targets if target.name in running)
+        raise _origin(f"{told}\n{exc}") from exc
 
 
 def run_application(application: serve.Application, name: str, timeout_s: float) -> None:
@@ -60,8 +66,7 @@ def run_application(application: serve.Application, name: str, timeout_s: float)
             if found is not None and found.status == ApplicationStatus.RUNNING:
                 return
             if found is not None and found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-                told = [found.message, *(d.message for d in found.deployments.values())]
-                raise _origin("\n".join(told))
+                raise _origin(_told([found]))
             if deadline.expired():
                 raise Unavailable(f"application {name} does not run after {timeout_s:g} s")
             time.sleep(0.2)
@@ -82,6 +87,11 @@ def remove_applications(names: Sequence[str]) -> None:
         if deadline.expired():
             raise Unavailable(f"Serve did not remove the applications within {REMOVE_TIMEOUT_S:g} s")
         time.sleep(0.1)
+
+
+def _told(found: Iterable[Any]) -> str:
+    """What Serve says of applications and their deployments."""
+    return "\n".join(text for each in found for text in (each.message, *(d.message for d in each.deployments.values())))
 
 
 def _origin(text: str) -> ExpertMeshError:
