@@ -1,4 +1,4 @@
-"""Products of many rows in panels, where that is faster than the tiles of `cluster.kernels.dots`.
+"""Products of many rows in panels, where that is faster than the tiles of `cluster.kernels.streams`.
 
 In a panel the numbers of its rows for one input lie side by side, so that a vector holds a sum for each of some rows
 and nothing has to be added up across it. With AVX2, six outputs by two vectors need fewer loads for their products than

@@ -1,5 +1,5 @@
 """What compiled functions have beyond what numba gives them: numbers at addresses, and vector registers for those that
-generate loops (`cluster.kernels.dots`, `cluster.kernels.panels`)."""
+generate loops (`cluster.kernels.dots`, `cluster.kernels.streams`, `cluster.kernels.panels`)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Decode reads every weight once for one to some sixteen rows, so memory should set the pace. A library call an expert
 costs more in calls than it reads in time, and a layout of its own doubles the memory. Here one compiled function goes
-through all experts of a call, a tile of outputs and rows in registers at a time (`cluster.kernels.dots`); each
+through all experts of a call, a tile of outputs and rows in registers at a time (`cluster.kernels.streams`); each
 thread takes the next piece of work when it is done with one.
 
 Tiling for registers: K. Goto and R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),

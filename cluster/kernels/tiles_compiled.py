@@ -2,7 +2,7 @@
 
 A thread takes its next piece of work before it begins one, so that the last tile of a piece can fetch the first weights
 of the next: otherwise what it fetches is as often as not another thread's, and its own next weights are not there.
-Where nothing is fetched (`cluster.kernels.dots`), a tile's outputs are spread over its piece.
+Where nothing is fetched (`cluster.kernels.streams`), a tile's outputs are spread over its piece.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from numba import njit
 
 from cluster.kernels.compiling import compiled
-from cluster.kernels.dots import FETCHES, dots_of_bytes, dots_of_floats, dots_of_halves
 from cluster.kernels.panels import (
     MOST_ROWS,
     PANEL_OUTPUTS,
@@ -22,10 +21,23 @@ from cluster.kernels.panels import (
     out_of_panel,
 )
 from cluster.kernels.registers import LANES, OUTPUTS, PANEL, PANELS, ROWS, floats, longs, next_piece
+from cluster.kernels.streams import (
+    FETCHES,
+    stream_of_bytes,
+    stream_of_floats,
+    stream_of_halves,
+    tile_of_bytes,
+    tile_of_floats,
+    tile_of_halves,
+)
 from cluster.kernels.tiles import HEADER, PIECE
 
 _BLOCK = 96 * 1024
 """Floats of rows that stay in the second-level cache beside a piece of weights."""
+_AHEAD_OF_STREAM, _AHEAD_OF_TILE = 8 * 1024, 16 * 1024
+"""Bytes that are fetched before they are read, or a whole output or tile at least."""
+_SLOWEST = 2
+"""What a tile fetches is divided by 2 to this, at most."""
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -44,6 +56,80 @@ def _scale_all(numbers: Any, factor: Any, n: int) -> None:
 def copy_floats(to: Any, source: Any, n: int) -> None:
     for i in range(n):
         to[i] = source[i]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _stream_past(
+    x: int,
+    x_row: int,
+    begin: int,
+    end: int,
+    w: int,
+    size: int,
+    first: int,
+    last: int,
+    y: int,
+    N: int,
+    K: int,
+    row_bytes: int,
+    after: int,
+) -> None:
+    """An output at a time, past as many rows as a tile has or fewer."""
+    rows, start = end - begin, x + begin * x_row
+    far = min(last - first, max(1, _AHEAD_OF_STREAM // row_bytes))
+    for n in range(first, last):
+        here, to = w + n * row_bytes, y + (begin * N + n) * 4
+        ahead = here + far * row_bytes if n + far < last else after + (n + far - last) * row_bytes
+        if size == 4:
+            stream_of_floats(rows, here, start, x_row, to, N * 4, K, ahead)
+        elif size == 2:
+            stream_of_halves(rows, here, start, x_row, to, N * 4, K, ahead)
+        else:
+            stream_of_bytes(rows, here, start, x_row, to, N * 4, K, ahead)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _tiles_past(
+    x: int,
+    x_row: int,
+    begin: int,
+    end: int,
+    w: int,
+    size: int,
+    first: int,
+    last: int,
+    y: int,
+    N: int,
+    K: int,
+    row_bytes: int,
+    after: int,
+) -> None:
+    """A tile of outputs at a time, past all rows, as evenly as they can be divided. While the first of them go past it,
+    what comes is fetched, an equal part at a time."""
+    tiles = (last - first) // OUTPUTS
+    apart, step = (1, OUTPUTS) if FETCHES else (tiles, 1)
+    times = (end - begin + ROWS - 1) // ROWS
+    many = (end - begin + times - 1) // times
+    slow = 0
+    while slow < _SLOWEST and 2 << slow <= times:
+        slow += 1
+    far, part = min(tiles, max(1, _AHEAD_OF_TILE // (OUTPUTS * row_bytes))), (OUTPUTS * row_bytes) >> slow
+    for tile in range(tiles):
+        n = first + tile * step
+        here = w + n * row_bytes
+        later = tile + far
+        ahead = here + far * step * row_bytes if later < tiles else after + (later - tiles) * step * row_bytes
+        parts = 1 << slow
+        for row in range(begin, end, many):
+            rows, start, to = min(many, end - row), x + row * x_row, y + (row * N + n) * 4
+            if size == 4:
+                tile_of_floats(rows, here, apart, start, x_row, to, N * 4, K, ahead, slow)
+            elif size == 2:
+                tile_of_halves(rows, here, apart, start, x_row, to, N * 4, K, ahead, slow)
+            else:
+                tile_of_bytes(rows, here, apart, start, x_row, to, N * 4, K, ahead, slow)
+            parts -= 1
+            ahead = ahead + part if parts > 0 else here  # which is there: nothing comes of asking for it
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -66,22 +152,12 @@ def multiply(
     number of it, and times the output's own number at ``scales``, if that is not 0. ``after`` is where the next ones
     are read."""
     row_bytes, block = K * size, max(1, _BLOCK // (K * ROWS)) * ROWS
-    tiles = (last - first) // OUTPUTS
-    apart, step = (1, OUTPUTS) if FETCHES else (tiles, 1)
     for begin in range(low, high, block):
         end = min(begin + block, high)
-        for tile in range(tiles):
-            n = first + tile * step
-            here = w + n * row_bytes
-            ahead = here + step * row_bytes if tile + 1 < tiles else after
-            for row in range(begin, end, ROWS):
-                rows, start, to = min(ROWS, end - row), x + row * x_row, y + (row * N + n) * 4
-                if size == 4:
-                    dots_of_floats(rows, here, apart, start, x_row, to, N * 4, K, ahead)
-                elif size == 2:
-                    dots_of_halves(rows, here, apart, start, x_row, to, N * 4, K, ahead)
-                else:
-                    dots_of_bytes(rows, here, apart, start, x_row, to, N * 4, K, ahead)
+        if FETCHES and end - begin <= ROWS:
+            _stream_past(x, x_row, begin, end, w, size, first, last, y, N, K, row_bytes, after)
+        else:
+            _tiles_past(x, x_row, begin, end, w, size, first, last, y, N, K, row_bytes, after)
     if scales != 0:
         for row in range(low, high):
             _scale(floats(y + (row * N + first) * 4), floats(scales + first * 4), last - first)
