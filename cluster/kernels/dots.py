@@ -15,7 +15,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cluster.kernels.registers import (
-    FLOAT,
     LANES,
     OUTPUTS,
     REGISTERS,
@@ -39,8 +38,8 @@ _TO_READ, _AS_DATA, _NEAR_L2 = 0, 1, 2  # arguments of LLVM's prefetch; 3 instea
 
 
 def by_rows(generate: Callable[..., None], width: int) -> Callable[..., Any]:
-    """What generates the code of an intrinsic whose first argument says for how many rows, 1 to ROWS, ``generate`` is to
-    have made it."""
+    """What generates the code of an intrinsic whose first argument says for how many rows, 1 to ROWS, ``generate`` is
+    to have made it."""
 
     def chosen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         wanted, *others = arguments
@@ -161,8 +160,8 @@ def _mixes(builder: ir.IRBuilder, rows: int, width: int, *arguments: Any) -> Non
 def add_all_products(
     builder: ir.IRBuilder, factors: Iterator[Any], others: Iterator[Any], sums: list[list[Any]]
 ) -> None:
-    """Adds the products of each factor with each of the others to the factor's sums. What is fewer is held in registers,
-    or the others while there is room for these and one factor beside all sums."""
+    """Adds the products of each factor with each of the others to the factor's sums. What is fewer is held in
+    registers, or the others while there is room for these and one factor beside all sums."""
     rows, width = len(sums), len(sums[0])
     if rows < width and (rows + 1) * width + 1 > REGISTERS:
         held = list(factors)
