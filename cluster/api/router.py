@@ -119,6 +119,11 @@ class Router:
         if config.warm_up:
             warm_up(self._trunk, tokenizer, engine_config, skeleton.context_length, kv_bytes_per_token, threads)
             started.done("warm_up", time.monotonic())
+        # No more than loading has cost anyway: a small model is there at once.
+        touched = checkpoint.num_elements * dtype.itemsize if config.warm_up else 0
+        blocks = num_blocks_of(config.engine, kv_bytes_per_token)
+        self._trunk.store = self._trunk.store.followed_by(blocks, config.engine.block_size, touched)
+        started.done("kv_cache", time.monotonic())
         self.loads = ExpertLoads()  # what clients ask for, and nothing of the warm-up
         self.engine = Engine(
             self._trunk.forward,
@@ -130,7 +135,6 @@ class Router:
             detail_steps=config.telemetry.detail_steps,
             colds=coldness,
         )
-        self._trunk.store = KvStore(num_blocks_of(config.engine, kv_bytes_per_token), config.engine.block_size)
         info = self._model_info(skeleton, has_tokenizer=tokenizer is not None)
         limits = ModelLimits(
             vocab_size=info.vocab_size,

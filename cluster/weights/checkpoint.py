@@ -62,6 +62,11 @@ class Checkpoint:
         self._views: dict[str, torch.Tensor] = {}
         self.tensors = self._index()
 
+    @property
+    def num_elements(self) -> int:
+        """Of all weights."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
     # -- opening -------------------------------------------------------------------------------------------------
 
     def _read_json(self, name: str) -> dict[str, Any]:
