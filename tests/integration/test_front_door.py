@@ -250,7 +250,8 @@ def test_status_tells_of_stores_and_starts_and_requests_of_expected_loads(tiny: 
         assert len(store.expert_bytes) == len(store.resident_by_layer) == len(group.holdings)
         assert 0 < sum(store.resident_by_layer) == store.resident <= store.capacity
         assert [phase.name for phase in group.process.startup] == ["weights", "experts", "kernel_shapes", "servers"]
-    assert [phase.name for phase in status.router.startup] == ["weights", "links", "first_step", "warm_up"]
+    phases = ["weights", "links", "first_step", "warm_up", "kv_cache"]
+    assert [phase.name for phase in status.router.startup] == phases
     assert all(phase.seconds > 0 for phase in status.router.startup)
     size = status.groups[0].store.expert_bytes[0]
     assert account.cold_bytes > size, "half of the experts are cold"
