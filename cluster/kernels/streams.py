@@ -10,7 +10,8 @@ makes the hardware's prefetcher fetch ahead. There are two remedies, and each wa
   asked for faster than memory brings them hold up the loads of those that are there. On two Zen 4 cores, in turns with
   tiles that fetched the next one's four streams (14 rounds, medians of the ratios), experts of bench-700m took 1.02 to
   1.05 times less with one to four rows each, where reading their weights and nothing else takes 1.15 to 1.2 times less;
-  1.01 to 1.02 with six to sixteen, and 1.04 with 24; one weight 1024 x 1024 1.0 to 1.08 with 1 to 512 rows.
+  1.01 to 1.02 with six to sixteen, and 1.04 with 24; one weight 1024 x 1024 0.95 to 1.08 with 1 to 512 rows. What a row
+  gives depends in its last bits on whether there are more rows than a tile has, as it does in panels.
 - With AVX2 a tile's outputs lie a quarter of a piece of work apart, so that the next tile's weights go on where this
   one's end and the streams become long. On two Zen 3 cores, in turns with fetching (four runs of each), the median of
   1024 x 1024 went from 181-209 to 136-200 µs at 1 row and from 1,229-1,446 to 954-1,154 at 64; that of 2048 x 512,
